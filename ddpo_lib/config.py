@@ -1,0 +1,240 @@
+"""Settings as frozen dataclasses, and the profiles in config/ that fill them."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import yaml
+
+from ddpo_lib import paths
+
+CHOICES = {
+    "objective": ("ddpo_is", "ddpo_sf"),
+    "log_prob_reduction": ("mean", "sum"),
+    "loss_reduction": ("sum", "mean"),
+    "advantage_scope": ("iteration", "minibatch"),
+    "lr_schedule": ("constant", "warmup_cosine"),
+    "jpeg_encoding": ("rescaled", "published"),
+}
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Hyperparameters of one finetuning; the defaults are the thesis's (Table A.2)."""
+
+    n_iterations: int = 72
+    """Rounds of rollout, reward and update."""
+    n_samples: int = 100
+    """Trajectories per iteration."""
+    n_steps: int = 40
+    """Denoising steps T of a trajectory."""
+    eta: float = 1.0
+    """DDIM's eta while training; must be above 0, or there is no exploration."""
+    minibatch_size: int = 10
+    """Trajectories per optimizer step."""
+    n_inner_epochs: int = 1
+    """Passes over an iteration's trajectories."""
+    micro_batch: int = 200
+    """(sample, timestep) pairs per forward and backward; changes memory and speed only."""
+    objective: str = "ddpo_is"
+    """"ddpo_is" (clipped importance ratios, equation 4.5) or "ddpo_sf" (score function, 4.4)."""
+    clip_range: float = 1e-4
+    """Half-width of the ratio's trust interval; goes with `log_prob_reduction`."""
+    log_prob_reduction: str = "mean"
+    """Over pixels: "mean" as in the published code, or "sum", a true log-density."""
+    loss_reduction: str = "sum"
+    """Over timesteps: "sum" as in equation 4.4, or "mean"."""
+    advantage_scope: str = "iteration"
+    """Rewards are standardised over the whole "iteration" or each "minibatch"."""
+    advantage_clip: float = 4.5
+    """Standardised advantages are clamped to ± this."""
+    learning_rate: float = 9e-8
+    """AdamW's rate; with "warmup_cosine", where the warm-up starts."""
+    lr_schedule: str = "constant"
+    """"constant", or "warmup_cosine": linear warm-up to the peak, then half a cosine (Fig. 5.7)."""
+    peak_learning_rate: float = 3.7e-6
+    """Top of "warmup_cosine"."""
+    warmup: float = 0.25
+    """Fraction of all updates spent warming up."""
+    final_lr_fraction: float = 0.1
+    """The cosine ends at this fraction of `learning_rate`."""
+    weight_decay: float = 1e-4
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """The gradient is rescaled to at most this norm."""
+    n_development: int = 64
+    """Pictures of the development set, drawn from fixed noise at eta = 0 after every iteration."""
+    jpeg_encoding: str = "rescaled"
+    """How the JPEG rewards see a picture, see `rewards.jpeg_kilobytes`."""
+    bf16: bool = True
+    """Run the network under bfloat16 autocast."""
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
+        if self.eta <= 0:
+            raise ValueError(f"eta={self.eta}: finetuning needs a stochastic sampler, eta > 0")
+        if self.n_samples % self.minibatch_size:
+            raise ValueError(
+                f"n_samples={self.n_samples} is not a multiple of minibatch_size={self.minibatch_size}"
+            )
+        for name in ("n_iterations", "n_samples", "minibatch_size", "micro_batch", "n_development"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.n_steps < 2:
+            raise ValueError(f"n_steps={self.n_steps}: must be at least 2, the last is no action")
+
+    @property
+    def n_updates(self) -> int:
+        """Optimizer steps in the whole run."""
+        return self.n_iterations * self.n_inner_epochs * (self.n_samples // self.minibatch_size)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The fixed-noise evaluation set behind Table 5.1."""
+
+    n: int = 1000
+    """Pictures."""
+    n_steps: int = 40
+    """DDIM steps, at eta = 0."""
+    seed: int = 2024
+    """Of the initial noise, shared by the pretrained and every finetuned policy."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Sources of the models behind the rewards: folders under data/, or Hub ids."""
+
+    clip: str
+    aesthetic: str
+    age: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides what one finetuning does; its folder's name is `name`."""
+
+    profile: str
+    policy: str
+    """Name of the policy in the profile."""
+    source: str
+    """Where its pretrained weights are."""
+    task: str
+    reward: str
+    """A name in `rewards.REWARDS`, or "package.module:function"."""
+    seed: int
+    models: Models
+    settings: Finetune
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.task}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A world to run in: which models, which finetunings, how to evaluate."""
+
+    name: str
+    policies: dict[str, str]
+    """Policy name → folder under data/ or Hub id."""
+    models: Models
+    evaluation: Evaluation
+    tasks: dict[str, dict]
+    """Task name → its reward and its changes to `finetune`, which may differ by policy."""
+    finetune: dict
+    """Changes to `Finetune`'s defaults for every task."""
+    runs: list[dict] = field(default_factory=list)
+    """The batch: one {policy, task, seed} for each finetuning."""
+
+    def run(
+        self, policy: str, task: str, reward: str | None = None, seed: int = 0, **changes
+    ) -> Run:
+        """The settings of one finetuning.
+
+        Args:
+            policy: a name in `policies`.
+            task: a name in `tasks`; with a `reward` given, any name for a task of your own.
+            reward: overrides the task's; see `rewards.load`.
+            seed: of noise and mini-batches.
+            changes: fields of `Finetune`; None leaves the profile's value.
+
+        Raises:
+            ValueError: an unknown policy, task or setting; the message names what is allowed.
+        """
+        if policy not in self.policies:
+            raise ValueError(
+                f"unknown policy {policy!r}: profile {self.name!r} has {sorted(self.policies)}"
+            )
+        if task not in self.tasks and reward is None:
+            raise ValueError(
+                f"unknown task {task!r}: profile {self.name!r} has {sorted(self.tasks)}; for a task "
+                "of your own, name its reward too, as 'package.module:function'"
+            )
+        own = dict(self.tasks.get(task, {}))
+        task_reward = own.pop("reward", None)
+        for name in self.policies:
+            special = own.pop(name, {})
+            if name == policy:
+                own.update(special)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        settings = _build(Finetune, self.finetune | own | changes, f"finetuning {policy}-{task}")
+        source = self.policies[policy]
+        reward = reward or task_reward
+        return Run(self.name, policy, source, task, reward, seed, self.models, settings)
+
+    def batch(self) -> list[Run]:
+        """Every finetuning of the profile's batch."""
+        return [self.run(**spec) for spec in self.runs]
+
+
+def load(name: str) -> Profile:
+    """Read and check config/<name>.yaml.
+
+    Raises:
+        ValueError: no such profile, or an unknown or missing key, named with what is allowed.
+    """
+    file = paths.CONFIG / f"{name}.yaml"
+    if not file.is_file():
+        names = sorted(f.stem for f in paths.CONFIG.glob("*.yaml"))
+        raise ValueError(f"unknown profile {name!r}: {paths.CONFIG} has {names}")
+    content = yaml.safe_load(file.read_text())
+    profile = _build(
+        Profile,
+        {
+            "name": name,
+            **content,
+            "models": _build(Models, content.get("models", {}), f"{file.name}: models"),
+            "evaluation": _build(
+                Evaluation, content.get("evaluation", {}), f"{file.name}: evaluation"
+            ),
+        },
+        file.name,
+    )
+    for task in profile.tasks:
+        for policy in profile.policies:
+            profile.run(policy, task)
+    profile.batch()
+    return profile
+
+
+def replace(run: Run, **changes) -> Run:
+    """`run` with some of its `Finetune` settings changed."""
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, **changes))
+
+
+def _build(kind, values: dict, where: str):
+    """kind(**values), with an error that names the unknown or missing keys."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {unknown}; known are {known}")
+    needs = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if needs - set(values):
+        raise ValueError(f"{where}: missing {sorted(needs - set(values))}")
+    return kind(**values)

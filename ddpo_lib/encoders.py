@@ -1,0 +1,237 @@
+"""Frozen networks that look at pictures: CLIP, the aesthetic head on top of it, the age classifier.
+
+All take a float batch (N, 3, H, W) in [-1, 1] of any square size and are differentiable with
+respect to it, because their preprocessing works on tensors. The loaders read the toy world's
+folders and the real checkpoints alike.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import ViTForImageClassification, ViTImageProcessor
+
+AGE_CLASSES = (
+    "0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70",
+)  # fmt: skip
+"""FairFace's nine age classes, in the order of the classifier's logits."""
+UNDER30 = (0, 1, 2, 3)
+OVER50 = (6, 7, 8)
+
+Numbers = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A contrastive image and text encoder with what its inputs need."""
+
+    model: nn.Module
+    """An open_clip model with frozen weights."""
+    tokenizer: object
+    """Takes a list of texts, gives int64 tokens (N, context length)."""
+    image_size: int
+    """Side of the square picture that the image tower takes, in pixels."""
+    mean: Numbers
+    """Per channel, of pictures in [0, 1]."""
+    std: Numbers
+
+
+@dataclass(frozen=True)
+class AgeClassifier:
+    """A vision transformer with FairFace's nine age classes, with what its inputs need."""
+
+    model: ViTForImageClassification
+    """Frozen weights."""
+    image_size: int
+    """Side of the square picture that it takes, in pixels."""
+    mean: Numbers
+    """Per channel, of pictures in [0, 1]."""
+    std: Numbers
+
+
+class AestheticHead(nn.Module):
+    """LAION's aesthetic predictor: normalised CLIP embeddings (N, D) to scores (N,), about 1 to 10.
+
+    The layers and their names are those of "sac+logos+ava1-l14-linearMSE", whose weights load here.
+    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor
+    """
+
+    def __init__(self, input_size: int = 768):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(input_size, 1024), nn.Dropout(0.2),
+            nn.Linear(1024, 128), nn.Dropout(0.2),
+            nn.Linear(128, 64), nn.Dropout(0.1),
+            nn.Linear(64, 16), nn.Linear(16, 1),
+        )  # fmt: skip
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.layers(embeddings).squeeze(-1)
+
+
+def load_clip(source: str | Path, device: str | None = None) -> Clip:
+    """Load CLIP with open_clip.
+
+    Args:
+        source: a folder with `open_clip_config.json` and `open_clip_model.safetensors`, or
+            "architecture:pretrained" such as "ViT-L-14:openai", which open_clip downloads.
+        device: "cpu", "cuda", …; default: a GPU if there is one.
+
+    Raises:
+        FileNotFoundError: no such folder or pretrained model.
+        ValueError: the folder's files do not make a CLIP model, or are truncated.
+    """
+    architecture, _, tag = str(source).rpartition(":")
+    if Path(source).is_dir():
+        weights = Path(source) / "open_clip_model.safetensors"
+        _require(weights, "a CLIP folder", "open_clip_config.json")
+        name, options = f"local-dir:{Path(source).resolve()}", {}
+    elif (architecture, tag) in open_clip.list_pretrained():
+        recipe = open_clip.get_pretrained_cfg(architecture, tag)
+        # OpenAI's weights want the activation they were trained with; open_clip only warns.
+        options = {"pretrained": tag, "force_quick_gelu": recipe.get("quick_gelu", False)}
+        name = architecture
+    else:
+        raise FileNotFoundError(
+            f"no CLIP model at {str(source)!r}. Give a folder in open_clip's format or "
+            "'architecture:pretrained', for instance 'ViT-L-14:openai'; "
+            "open_clip.list_pretrained() names them all"
+        )
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(name, require_pretrained=True, **options)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise _unreadable(source, "a CLIP model", error) from error
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    size = preprocess["size"]
+    size = size if isinstance(size, int) else size[0]
+    return Clip(
+        _freeze(model, device), tokenizer, size, tuple(preprocess["mean"]), tuple(preprocess["std"])
+    )
+
+
+def embed_images(clip: Clip, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
+    """L2-normalised CLIP embeddings (N, D) of a float batch (N, 3, H, W) in [-1, 1]."""
+    size = clip.image_size
+    return torch.cat([
+        F.normalize(clip.model.encode_image(_prepare(part, size, clip.mean, clip.std, "bicubic")), dim=-1)
+        for part in _on(clip.model, images).split(batch_size)
+    ])  # fmt: skip
+
+
+def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
+    """L2-normalised CLIP embeddings (N, D) of texts."""
+    tokens = clip.tokenizer(list(texts))
+    return F.normalize(clip.model.encode_text(_on(clip.model, tokens)), dim=-1)
+
+
+def load_aesthetic_head(folder: str | Path, device: str | None = None) -> AestheticHead:
+    """Load an aesthetic head from `model.safetensors`; its input size is read from the weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated or holds another model.
+    """
+    weights = Path(folder) / "model.safetensors"
+    _require(weights, "an aesthetic head's folder")
+    try:
+        state = load_file(weights)
+        head = AestheticHead(state["layers.0.weight"].shape[1])
+        head.load_state_dict(state)
+    except Exception as error:
+        raise _unreadable(folder, "an aesthetic head (layers.{0,2,4,6,7}.*)", error) from error
+    return _freeze(head, device)
+
+
+def load_age_classifier(source: str | Path, device: str | None = None) -> AgeClassifier:
+    """Load an age classifier from a transformers folder or a Hub id ("nateraw/vit-age-classifier").
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model that the Hub can give.
+        ValueError: the model is truncated or not a ViT with FairFace's nine age classes.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        _require(folder / "model.safetensors", "an age classifier's folder", "config.json")
+    try:
+        model, report = ViTForImageClassification.from_pretrained(
+            str(source), output_loading_info=True
+        )
+        processor = ViTImageProcessor.from_pretrained(str(source))
+    except Exception as error:
+        if folder.is_dir():
+            raise _unreadable(source, "a ViTForImageClassification", error) from error
+        raise FileNotFoundError(
+            f"no age classifier at {str(source)!r}. Give a transformers folder or a Hub id such as "
+            f"'nateraw/vit-age-classifier', which needs a network or a warm cache. {_cause(error)}"
+        ) from error
+    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if labels != AGE_CLASSES or report["missing_keys"]:
+        raise ValueError(
+            f"{source}: not an age classifier with the nine classes {', '.join(AGE_CLASSES)}; it "
+            f"has {', '.join(labels)} and lacks {len(report['missing_keys'])} of the weights"
+        )
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return AgeClassifier(_freeze(model, device), processor.size["height"], mean, std)
+
+
+def age_logits(
+    classifier: AgeClassifier, images: torch.Tensor, batch_size: int = 250
+) -> torch.Tensor:
+    """Logits (N, 9) over AGE_CLASSES of a float batch (N, 3, H, W) in [-1, 1]."""
+    size, mean, std = classifier.image_size, classifier.mean, classifier.std
+    return torch.cat([
+        classifier.model(pixel_values=_prepare(part, size, mean, std, "bilinear")).logits
+        for part in _on(classifier.model, images).split(batch_size)
+    ])  # fmt: skip
+
+
+def _prepare(images: torch.Tensor, size: int, mean: Numbers, std: Numbers, mode: str) -> torch.Tensor:
+    """Resize to (size, size) and standardise; what image processors do, on tensors."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"expected square RGB pictures (N, 3, S, S), got {tuple(images.shape)}")
+    if images.shape[-1] != size:
+        images = F.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return ((images + 1) / 2 - mean) / std
+
+
+def _on(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(next(model.parameters()).device)
+
+
+def _freeze(model: nn.Module, device: str | None) -> nn.Module:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _require(weights: Path, kind: str, config: str | None = None) -> None:
+    """Raise FileNotFoundError unless the weights, and the config beside them, are there."""
+    for path in filter(None, (weights, config and weights.with_name(config))):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{weights.parent} is not {kind}: {path.name} is missing. "
+                "`make toy` rebuilds the toy models; git brings back the shipped ones"
+            )
+    if config:
+        try:
+            json.loads(weights.with_name(config).read_text())
+        except json.JSONDecodeError as error:
+            raise _unreadable(weights.parent, kind, error) from error
+
+
+def _unreadable(source: str | Path, kind: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{source} cannot be read as {kind}: its files are truncated or belong to another model. "
+        f"Fetch it again, or rebuild the toy models with `make toy`. {_cause(error)}"
+    )
+
+
+def _cause(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"Cause: {type(error).__name__}: {lines[0] if lines else ''}"

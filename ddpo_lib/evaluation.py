@@ -1,0 +1,113 @@
+"""The fixed-noise evaluation set: scores before and after finetuning, and Table 5.1."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ddpo_lib import encoders, paths, policy, rewards, runs, sampler
+from ddpo_lib.config import Evaluation, Models, Profile, Run
+
+COLUMNS = [
+    "policy", "task", "n", "baseline_mean", "baseline_sd", "baseline_se",
+    "ddpo_mean", "ddpo_se", "effect_size",
+]  # fmt: skip
+
+
+def pictures(source: str | Path, settings: Evaluation, cache: Path, bf16: bool = True) -> np.ndarray:
+    """The evaluation set of one policy: uint8 (n, H, W, C), from the profile's fixed noise, η = 0.
+
+    Args:
+        source: the policy's folder or Hub id.
+        cache: an .npz file that keeps the pictures; made again if it came from other weights or
+            other settings.
+    """
+    key = json.dumps([str(settings), runs.fingerprint(str(source)), bf16])
+    if cache.exists():
+        with np.load(cache) as stored:
+            if str(stored["key"]) == key:
+                return stored["pictures"]
+    model = policy.load(source, bf16=bf16)
+    x_T = sampler.noise(model, settings.n, settings.seed)
+    x_0 = sampler.sample(model, x_T, settings.n_steps, progress=f"evaluation set, {settings.n}")
+    result = rewards.to_uint8(x_0).numpy()
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    draft = cache.with_name("draft-" + cache.name)
+    np.savez(draft, pictures=result, key=key)
+    draft.replace(cache)
+    return result
+
+
+def pretrained_pictures(profile: Profile, policy_name: str) -> np.ndarray:
+    """The evaluation set of a pretrained policy of the profile."""
+    cache = paths.RUNS / profile.name / f"{policy_name}-pretrained" / "evaluation.npz"
+    return pictures(paths.resolve(profile.policies[policy_name]), profile.evaluation, cache)
+
+
+def finetuned_pictures(profile: Profile, run: Run) -> np.ndarray:
+    """The evaluation set of a run's best checkpoint."""
+    home = runs.folder(run)
+    return pictures(home / "best", profile.evaluation, home / "evaluation.npz", run.settings.bf16)
+
+
+def score(images: np.ndarray, reward: rewards.Reward, batch_size: int = 250) -> np.ndarray:
+    """A reward of uint8 pictures (n, H, W, C): what a viewer's file would score, (n,) float64."""
+    batches = torch.from_numpy(images).split(batch_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = [reward(rewards.from_uint8(batch).to(device)).cpu() for batch in batches]
+    return torch.cat(values).double().numpy()
+
+
+def finish(profile: Profile, run: Run) -> dict:
+    """Score a finished run's best checkpoint and write evaluation.json, which marks it complete."""
+    reward = rewards.load(run.reward, run.models, jpeg_encoding=run.settings.jpeg_encoding)
+    images = finetuned_pictures(profile, run)
+    values = score(images, reward)
+    result = {
+        "n": len(values),
+        "reward_mean": values.mean(),
+        "reward_sd": values.std(ddof=1),
+        "reward_se": standard_error(values),
+    }
+    runs.write_json(runs.folder(run) / "evaluation.json", result)
+    return result
+
+
+def table_5_1(profile: Profile, table_runs: list[Run]) -> pd.DataFrame:
+    """Mean ± standard error before and after finetuning, from the same initial noise.
+
+    JPEG tasks are given in kB. The effect size is the change of the mean reward in units of the
+    pretrained policy's standard deviation, positive in the intended direction.
+    """
+    rows = []
+    for run in table_runs:
+        reward = rewards.load(run.reward, run.models, jpeg_encoding=run.settings.jpeg_encoding)
+        before = score(pretrained_pictures(profile, run.policy), reward)
+        after = score(finetuned_pictures(profile, run), reward)
+        sign = -1 if run.reward == "jpeg_compressibility" else 1
+        rows.append(
+            [
+                run.policy, run.task, len(after),
+                sign * before.mean(), before.std(ddof=1), standard_error(before),
+                sign * after.mean(), standard_error(after),
+                (after.mean() - before.mean()) / before.std(ddof=1),
+            ]
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def share_over_50(images: np.ndarray, models: Models) -> tuple[float, float]:
+    """Share of faces that the age classifier puts at 50 or over, and its standard error."""
+    classifier = encoders.load_age_classifier(paths.resolve(models.age))
+    def is_old(batch):
+        return (encoders.age_logits(classifier, batch).argmax(1) >= min(encoders.OVER50)).float()
+    with torch.no_grad():
+        old = score(images, is_old)
+    return old.mean(), standard_error(old)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean: sd / √n."""
+    return values.std(ddof=1) / np.sqrt(len(values))

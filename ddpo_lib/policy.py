@@ -1,0 +1,137 @@
+"""A policy: a denoiser with its noise schedule, and the transition p_theta(x_{t-1} | x_t)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A pixel-space diffusion model seen as a stochastic policy over denoising steps."""
+
+    unet: UNet2DModel
+    """eps_theta: takes x_t (N, C, H, W) and t (N,), predicts the noise in x_t."""
+    scheduler: DDPMScheduler
+    """The schedule that came with the weights; only its `alphas_cumprod` and `clip_sample` count."""
+    bf16: bool = True
+    """Run the network under bfloat16 autocast. Everything after the network is float32."""
+
+    @property
+    def alpha_bar(self) -> torch.Tensor:
+        """(T,) float32: the cumulative product of 1 - beta_t (equation 2.7)."""
+        return self.scheduler.alphas_cumprod
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures that the network draws."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The Gaussian p_theta(x_{t-1} | x_t) = N(mean, std^2 I) and what it was made from."""
+
+    mean: torch.Tensor
+    """(N, C, H, W) float32."""
+    std: torch.Tensor
+    """(N,) float32: sigma_t; 0 where the step is deterministic."""
+    denoised: torch.Tensor
+    """(N, C, H, W) float32: the clean picture x~_0 predicted from x_t (equation 2.25)."""
+
+
+def load(source: str | Path, device: str | None = None, bf16: bool = True) -> Policy:
+    """Load a policy.
+
+    Args:
+        source: a folder that `diffusers.DDPMPipeline.from_pretrained` accepts, or a Hub id.
+        device: "cpu", "cuda", …; by default a GPU if there is one.
+        bf16: run the network under bfloat16 autocast.
+
+    Raises:
+        FileNotFoundError: the folder is missing, incomplete or truncated, or the Hub gave nothing.
+        ValueError: the model is of a kind that this library does not finetune.
+    """
+    source = str(source)
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_like_path and not Path(source).is_dir():
+        raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
+    try:
+        pipeline = DDPMPipeline.from_pretrained(source)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"cannot load a policy from {source!r}. It must be a complete DDPMPipeline folder "
+            "(model_index.json, unet/, scheduler/) or the id of a model on the Hugging Face Hub, "
+            "which needs a network or a warm cache. "
+            f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    scheduler = pipeline.scheduler
+    if scheduler.config.prediction_type != "epsilon" or scheduler.config.clip_sample_range != 1:
+        raise ValueError(
+            f"{source}: only models that predict the noise (prediction_type 'epsilon') and clip "
+            f"samples at 1 are supported, not {scheduler.config.prediction_type!r} with "
+            f"clip_sample_range {scheduler.config.clip_sample_range}"
+        )
+    unet = pipeline.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if unet.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    return Policy(unet, scheduler, bf16)
+
+
+def save(policy: Policy, folder: str | Path) -> None:
+    """Save as a `DDPMPipeline` folder (safetensors) that plain diffusers loads."""
+    DDPMPipeline(unet=policy.unet, scheduler=policy.scheduler).save_pretrained(str(folder))
+
+
+def timesteps(policy: Policy, n_steps: int) -> torch.Tensor:
+    """(n_steps,) int64, descending to 0: DDIM's evenly spaced steps ("leading" in diffusers).
+
+    1000 → 40 gives 975, 950, …, 25, 0.
+    """
+    T = len(policy.alpha_bar)
+    if not 1 <= n_steps <= T:
+        raise ValueError(f"n_steps={n_steps}: must lie between 1 and the schedule's {T} steps")
+    return torch.arange(n_steps).flip(0) * (T // n_steps)
+
+
+def predict_noise(policy: Policy, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """eps_theta(x_t, t), float32, (N, C, H, W)."""
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bf16):
+        return policy.unet(x_t, t).sample.float()
+
+
+def transition(
+    policy: Policy, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0
+) -> Transition:
+    """p_theta(x_{t_prev} | x_t), the only place that knows the DDIM step (equations 2.25–2.28).
+
+    Equal to one `DDIMScheduler.step` per sample, clipping included, but t and t_prev may differ
+    from sample to sample, so an update can fold all timesteps of a trajectory into one batch.
+
+    Args:
+        x_t: (N, C, H, W) float32.
+        t: (N,) int64 timesteps in [0, T).
+        t_prev: (N,) int64, the steps to go to; negative for the clean picture.
+        eta: 0 for deterministic DDIM, 1 for the DDPM-like sampler that explores.
+    """
+    eps = predict_noise(policy, x_t, t)
+    alpha_bar = policy.alpha_bar.to(x_t.device)
+    a_t = alpha_bar[t].view(-1, 1, 1, 1)
+    a_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], 1.0).view(-1, 1, 1, 1)
+    std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+    denoised = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    if policy.scheduler.config.clip_sample:
+        # As in diffusers, eps is not recomputed from the clamped picture. The clamp passes no
+        # gradient at saturated pixels; the direct term below still does.
+        denoised = denoised.clamp(-1, 1)
+    # At eta = 1 the difference can round below zero at the last steps.
+    direction = (1 - a_prev - std**2).clamp(min=0).sqrt()
+    mean = a_prev.sqrt() * denoised + direction * eps
+    return Transition(mean, std.view(-1), denoised)

@@ -1,0 +1,190 @@
+"""Advantages, the two DDPO objectives and one optimizer step over folded timesteps."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ddpo_lib.config import Finetune
+from ddpo_lib.log_probs import log_prob
+from ddpo_lib.policy import Policy, transition
+from ddpo_lib.sampler import Trajectory
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """What one optimizer step did, over all its samples and all stochastic timesteps."""
+
+    loss: float
+    mean_ratio: float
+    """Mean importance ratio rho; 1 for the first update after a rollout."""
+    clip_fraction: float
+    """Share of (sample, timestep) pairs with |rho - 1| > clip_range."""
+    approx_kl: float
+    """Mean over samples of the sum over timesteps of (rho - 1) - log rho, an estimate of
+    KL(old || new) per trajectory in the units of the log-probability's reduction."""
+    grad_norm: float
+    """Before it is rescaled to max_grad_norm."""
+    learning_rate: float
+
+
+def advantages(
+    rewards: torch.Tensor, clip: float, groups: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Standardised rewards, (reward - mean) / sd within each group, clamped to ± clip.
+
+    Args:
+        rewards: (N,).
+        groups: (N,) labels: the mini-batch or the prompt that each sample belongs to. None for one
+            group, the whole iteration. A group whose rewards are all equal gets advantages of 0.
+
+    Returns:
+        (N,) float32.
+    """
+    rewards = rewards.double()
+    groups = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups
+    result = torch.zeros_like(rewards)
+    for label in groups.unique():
+        members = (groups == label).to(rewards.device)
+        group = rewards[members]
+        result[members] = (group - group.mean()) / (group.std(correction=0) + 1e-8)
+    return result.clamp(-clip, clip).float()
+
+
+def ddpo_sf_loss(log_probs, old_log_probs, advantage, clip_range) -> torch.Tensor:
+    """DDPO-SF's surrogate -A log p_theta, per element; on-policy only (equation 4.4).
+
+    `old_log_probs` and `clip_range` are there so that both objectives are called alike.
+    """
+    return -advantage * log_probs
+
+
+def ddpo_is_loss(log_probs, old_log_probs, advantage, clip_range) -> torch.Tensor:
+    """DDPO-IS's clipped surrogate max(-A rho, -A clip(rho, 1 ± eps)), per element (equation 4.5).
+
+    Args:
+        log_probs: under the policy that learns; carries the gradient.
+        old_log_probs: of the rollout.
+        advantage: broadcast to the same shape.
+        clip_range: eps.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+OBJECTIVES = {"ddpo_sf": ddpo_sf_loss, "ddpo_is": ddpo_is_loss}
+
+
+def learning_rate(update: int, settings: Finetune) -> float:
+    """The rate of optimizer step `update` (0-based): constant, or the schedule of Fig. 5.7.
+
+    A linear warm-up from `learning_rate` to `peak_learning_rate` over the first `warmup` of all
+    updates, then half a cosine down to `final_lr_fraction` × `learning_rate` at the last.
+    """
+    start = settings.learning_rate
+    if settings.lr_schedule == "constant":
+        return start
+    peak, end = settings.peak_learning_rate, settings.final_lr_fraction * start
+    n_warmup = settings.warmup * (settings.n_updates - 1)
+    if update < n_warmup:
+        return start + (peak - start) * update / n_warmup
+    progress = (update - n_warmup) / max(1e-9, settings.n_updates - 1 - n_warmup)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    trajectory: Trajectory,
+    advantage: torch.Tensor,
+    settings: Finetune,
+    rate: float,
+) -> UpdateMetrics:
+    """One optimizer step on a mini-batch of trajectories.
+
+    Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time.
+    Deterministic steps are no actions and are left out. The loss is the objective's mean over
+    samples of its sum (or mean) over timesteps.
+
+    Args:
+        trajectory: the mini-batch, see `select`.
+        advantage: (N,).
+        rate: this step's learning rate.
+
+    Raises:
+        ValueError: no step is stochastic (eta = 0).
+        FloatingPointError: the gradient is not finite; the weights are left as they were.
+    """
+    n = trajectory.states.shape[1]
+    pairs = stochastic_pairs(policy, trajectory)
+    n_actions = len(pairs[0]) // n
+    scale = n if settings.loss_reduction == "sum" else n * n_actions
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss, log_ratios = 0.0, []
+    for k, i in zip(*(index.split(settings.micro_batch) for index in pairs), strict=True):
+        new = score(policy, trajectory, k, i)
+        old = trajectory.log_probs[k, i]
+        terms = OBJECTIVES[settings.objective](new, old, advantage[i], settings.clip_range)
+        part = terms.sum() / scale
+        part.backward()
+        loss += part.item()
+        log_ratios.append((new - old).detach())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {grad_norm}: nothing was updated. Lower the learning rate "
+            f"({rate:.3g}), or set bf16 to false"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    log_ratio = torch.cat(log_ratios)
+    ratio = log_ratio.exp()
+    return UpdateMetrics(
+        loss=loss,
+        mean_ratio=ratio.mean().item(),
+        clip_fraction=((ratio - 1).abs() > settings.clip_range).float().mean().item(),
+        approx_kl=((ratio - 1 - log_ratio).sum() / n).item(),
+        grad_norm=grad_norm,
+        learning_rate=rate,
+    )
+
+
+def stochastic_pairs(policy: Policy, trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (k, i) of every action: step k of sample i where sigma_t > 0. Each (K·N,) int64."""
+    alpha_bar = policy.alpha_bar
+    t_prev = trajectory.t_prev
+    a_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], 1.0)
+    actions = torch.nonzero((a_prev < 1) & (trajectory.eta > 0)).view(-1)
+    if len(actions) == 0:
+        raise ValueError("no step of these trajectories is stochastic: roll out with eta > 0")
+    n = trajectory.states.shape[1]
+    return actions.repeat_interleave(n), torch.arange(n).repeat(len(actions))
+
+
+def score(
+    policy: Policy, trajectory: Trajectory, k: torch.Tensor, i: torch.Tensor
+) -> torch.Tensor:
+    """log p_theta(states[k+1, i] | states[k, i]) for pairs of step and sample, (len(k),) float32."""
+    device = trajectory.states.device
+    step = transition(
+        policy,
+        trajectory.states[k, i],
+        trajectory.timesteps[k].to(device),
+        trajectory.t_prev[k].to(device),
+        trajectory.eta,
+    )
+    return log_prob(trajectory.states[k + 1, i], step.mean, step.std, trajectory.reduction)
+
+
+def select(trajectory: Trajectory, samples: torch.Tensor) -> Trajectory:
+    """The trajectories of some samples."""
+    return Trajectory(
+        trajectory.states[:, samples],
+        trajectory.timesteps,
+        trajectory.log_probs[:, samples],
+        trajectory.eta,
+        trajectory.reduction,
+    )

@@ -1,0 +1,187 @@
+"""A run's folder, data/runs/<profile>/<policy>-<task>-s<seed>/:
+
+    settings.json         everything that decided the run
+    metrics.csv           one row per optimizer step, see `ppo.UpdateMetrics`
+    iterations.csv        one row per iteration: training and development rewards, seconds
+    rewards.csv           every sampled picture's reward
+    development/NNN.npz   the development set after NNN iterations: pictures and rewards
+    last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position
+    evaluation.json       the evaluation set's scores, written when everything is done
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpo_lib import paths, policy
+from ddpo_lib.config import Run
+
+
+def folder(run: Run) -> Path:
+    """Where the run lives, whether or not it exists yet."""
+    return paths.RUNS / run.profile / run.name
+
+
+def open_folder(run: Run) -> Path:
+    """Make the run's folder, or return to it.
+
+    A folder made under other settings (or from other pretrained weights) is set aside under a new
+    name, never overwritten.
+
+    Raises:
+        OSError: the folder cannot be written; says which and what to do.
+    """
+    home = folder(run)
+    settings = _as_json(run)
+    try:
+        file = home / "settings.json"
+        if file.exists():
+            stored = json.loads(file.read_text())
+            if stored == settings:
+                _finish_replacement(home / "last")
+                _finish_replacement(home / "best")
+                return home
+            n = 1
+            while (aside := home.with_name(f"{home.name}.old{n}")).exists():
+                n += 1
+            home.rename(aside)
+            print(f"{run.name}: settings changed ({_differences(stored, settings)}); "
+                  f"the earlier run is kept in {aside}")
+        (home / "development").mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+    except OSError as error:
+        raise OSError(
+            f"cannot write the run's folder {home}: {error}. Make it writable, free some space, or "
+            "set DDPO_ROOT to a folder that is"
+        ) from error
+    return home
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, file)
+
+
+def append_rows(file: Path, rows: list[dict]) -> None:
+    """Append rows to a CSV, with a header if it is new."""
+    new = not file.exists()
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0].keys())
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def drop_rows(file: Path, from_iteration: int) -> None:
+    """Remove the rows of iterations that a resumed run will make again."""
+    if not file.exists():
+        return
+    with file.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if int(row["iteration"]) < from_iteration]
+    file.unlink()
+    if rows:
+        append_rows(file, rows)
+
+
+def save_checkpoint(
+    home: Path, model: policy.Policy, optimizer: torch.optim.Optimizer, state: dict
+) -> None:
+    """Write last/: the policy, the optimizer's moments and `state` (JSON), all or nothing."""
+    draft = _draft(home / "last")
+    policy.save(model, draft)
+    moments = {
+        f"{i}.{key}": value
+        for i, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+    save_file(moments, draft / "optimizer.safetensors")
+    write_json(draft / "state.json", state)
+    _replace_folder(draft, home / "last")
+
+
+def load_checkpoint(home: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore the optimizer from last/ and return the state; the policy is loaded from last/ too.
+
+    Raises:
+        ValueError: last/ is damaged; names the file and what to do.
+    """
+    last = home / "last"
+    try:
+        state = json.loads((last / "state.json").read_text())
+        moments = load_file(last / "optimizer.safetensors")
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). Delete that folder "
+            "to start the run again; its best/ and its development pictures stay"
+        ) from error
+    restored: dict[int, dict] = {}
+    for name, value in moments.items():
+        i, key = name.split(".")
+        restored.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
+    return state
+
+
+def save_best(home: Path, model: policy.Policy) -> None:
+    """Write best/, a plain DDPMPipeline folder, all or nothing."""
+    draft = _draft(home / "best")
+    policy.save(model, draft)
+    _replace_folder(draft, home / "best")
+
+
+def fingerprint(source: str) -> str | None:
+    """sha256 of a model folder's weights, so that retrained weights are other settings.
+
+    None for a source that is no local folder.
+    """
+    files = sorted(Path(source).rglob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _as_json(run: Run) -> dict:
+    content = dataclasses.asdict(run)
+    content["source_sha256"] = fingerprint(paths.resolve(run.source))
+    return json.loads(json.dumps(content))
+
+
+def _differences(old: dict, new: dict) -> str:
+    flat = [{**content, **content.get("settings", {})} for content in (old, new)]
+    names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
+    return ", ".join(f"{name}: {flat[0].get(name)} → {flat[1][name]}" for name in names)
+
+
+def _draft(target: Path) -> Path:
+    draft = target.with_name(target.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def _replace_folder(draft: Path, target: Path) -> None:
+    """Put `draft` in the place of `target`; `_finish_replacement` mends a crash in between."""
+    old = target.with_name(target.name + ".previous")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    draft.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish_replacement(target: Path) -> None:
+    old = target.with_name(target.name + ".previous")
+    if old.exists() and not target.exists():
+        old.rename(target)
