@@ -36,7 +36,7 @@ class Finetune:
     micro_batch: int = 200
     """(sample, timestep) pairs per forward and backward; changes memory and speed only."""
     objective: str = "ddpo_is"
-    """"ddpo_is" (clipped importance ratios, equation 4.5) or "ddpo_sf" (score function, 4.4)."""
+    """"ddpo_is" (clipped importance ratios, equation 4.4) or "ddpo_sf" (score function, 4.2)."""
     clip_range: float = 1e-4
     """Half-width of the ratio's trust interval; goes with `log_prob_reduction`."""
     log_prob_reduction: str = "mean"
@@ -69,6 +69,13 @@ class Finetune:
     """Run the network under bfloat16 autocast."""
 
     def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, (int, float) if entry.type is float else entry.type):
+                raise ValueError(
+                    f"{entry.name}={value!r}: must be a {entry.type.__name__} "
+                    "(in YAML a number such as 3e-5 needs its dot: 3.0e-5)"
+                )
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
@@ -174,6 +181,9 @@ class Profile:
             )
         own = dict(self.tasks.get(task, {}))
         task_reward = own.pop("reward", None)
+        reward = reward or task_reward
+        if reward is None:
+            raise ValueError(f"task {task!r} of profile {self.name!r} names no reward")
         for name in self.policies:
             special = own.pop(name, {})
             if name == policy:
@@ -181,7 +191,6 @@ class Profile:
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = _build(Finetune, self.finetune | own | changes, f"finetuning {policy}-{task}")
         source = self.policies[policy]
-        reward = reward or task_reward
         return Run(self.name, policy, source, task, reward, seed, self.models, settings)
 
     def batch(self) -> list[Run]:

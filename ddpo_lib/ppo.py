@@ -52,7 +52,7 @@ def advantages(
 
 
 def ddpo_sf_loss(log_probs, old_log_probs, advantage, clip_range) -> torch.Tensor:
-    """DDPO-SF's surrogate -A log p_theta, per element; on-policy only (equation 4.4).
+    """DDPO-SF's surrogate -A log p_theta, per element; on-policy only (equation 4.2).
 
     `old_log_probs` and `clip_range` are there so that both objectives are called alike.
     """
@@ -60,7 +60,7 @@ def ddpo_sf_loss(log_probs, old_log_probs, advantage, clip_range) -> torch.Tenso
 
 
 def ddpo_is_loss(log_probs, old_log_probs, advantage, clip_range) -> torch.Tensor:
-    """DDPO-IS's clipped surrogate max(-A rho, -A clip(rho, 1 ± eps)), per element (equation 4.5).
+    """DDPO-IS's clipped surrogate max(-A rho, -A clip(rho, 1 ± eps)), per element (equation 4.4).
 
     Args:
         log_probs: under the policy that learns; carries the gradient.

@@ -62,7 +62,7 @@ def aesthetic(models: Models, device: str | None = None) -> Reward:
     """Score of the aesthetic head on normalised CLIP embeddings (section 5.1.3), about 1…10."""
     clip = encoders.load_clip(paths.resolve(models.clip), device)
     head = encoders.load_aesthetic_head(paths.resolve(models.aesthetic), device)
-    return lambda images: head(encoders.embed_images(clip, images)).squeeze(-1)
+    return lambda images: head(encoders.embed_images(clip, images))
 
 
 def over50(models: Models, device: str | None = None) -> Reward:
@@ -112,7 +112,9 @@ def load(
     @torch.no_grad()
     def checked(images: torch.Tensor) -> torch.Tensor:
         try:
-            values = torch.as_tensor(reward(images), dtype=torch.float32)
+            values = torch.as_tensor(
+                reward(images), dtype=torch.float32, device=images.device
+            )
         except Exception as error:
             raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
         if values.shape != (len(images),):

@@ -87,9 +87,13 @@ def drop_rows(file: Path, from_iteration: int) -> None:
         return
     with file.open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if int(row["iteration"]) < from_iteration]
-    file.unlink()
+    draft = file.with_name(file.name + ".tmp")
+    draft.unlink(missing_ok=True)
     if rows:
-        append_rows(file, rows)
+        append_rows(draft, rows)
+        os.replace(draft, file)
+    else:
+        file.unlink()
 
 
 def save_checkpoint(
@@ -99,7 +103,7 @@ def save_checkpoint(
     draft = _draft(home / "last")
     policy.save(model, draft)
     moments = {
-        f"{i}.{key}": value
+        f"{i}.{key}": value.contiguous()  # on a GPU they are channels_last, as the weights are
         for i, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }

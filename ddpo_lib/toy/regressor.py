@@ -18,6 +18,7 @@ from ddpo_lib.toy.training import DEVICE, DOMAINS, Drawn, fit, pick
 
 REGRESSOR_STEPS = 2000
 BATCH_SIZE = 128
+SUNSET = 2  # value of the churches' factor "time"
 
 TARGETS = {
     "faces": {
@@ -37,7 +38,7 @@ TARGETS = {
     "churches": {
         "taste": churches.taste,
         "night": lambda f: f["time"] == churches.NIGHT,
-        "sunset": lambda f: f["time"] == churches.SUNSET,
+        "sunset": lambda f: f["time"] == SUNSET,
         "light": lambda f: f["light"],
         "clouds": lambda f: f["clouds"],
         "trees": lambda f: f["trees"],

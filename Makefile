@@ -1,0 +1,40 @@
+PYTHON ?= python3
+PROFILE ?= toy
+# One finetuning fills a GPU, and one fills a core.
+CORES ?= $(shell command -v nvidia-smi > /dev/null && echo 1 || $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
+VENV := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help reproduce test lab bench toy
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+# Snakemake's own lock outlives a kill and would block the next start, so it is off. What must never
+# happen twice at once, the finetuning of one run, takes a lock that dies with its process.
+reproduce: $(INSTALLED) ## every figure and table; PROFILE=toy, CORES=all of them
+	@$(VENV)/python -m ddpo_lib.batch plan $(PROFILE) --cores $(CORES)
+	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
+		--nolock --rerun-incomplete --keep-going --quiet host
+	@$(VENV)/python -m ddpo_lib.batch report $(PROFILE)
+
+test: $(INSTALLED) ## the test suite
+	@$(VENV)/python -m pytest -m "not slow"
+
+lab: $(INSTALLED) ## the notebooks in JupyterLab
+	@$(VENV)/jupyter lab notebooks
+
+bench: $(INSTALLED) ## every benchmark
+	@for script in benchmarks/*.py; do $(VENV)/python $$script || exit 1; done
+
+toy: $(INSTALLED) ## train the toy world again from nothing
+	@$(VENV)/python -m ddpo_lib.toy.make
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv: about two minutes and 6 GB, once"
+	@$(PYTHON) -m venv .venv
+	@$(VENV)/pip install -q -r requirements.txt
+	@$(VENV)/pip install -q --no-deps -e .
+	@touch $@

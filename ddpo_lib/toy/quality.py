@@ -1,0 +1,173 @@
+"""Measure the toy world against what is asked of it: the numbers of data/toy/quality.json."""
+
+import numpy as np
+import torch
+
+from ddpo_lib.encoders import (
+    OVER50,
+    AestheticHead,
+    AgeClassifier,
+    Clip,
+    age_logits,
+    embed_images,
+    embed_texts,
+)
+from ddpo_lib.toy.drawing import to_tensor
+from ddpo_lib.toy.encoders import age_class
+from ddpo_lib.toy.regressor import TARGETS, Regressor, estimate
+from ddpo_lib.toy.training import DOMAINS, Drawn, draw
+
+N_HELD_OUT = 2000
+NEIGHBOURS = 5
+"""k of the manifolds. Kynkaanniemi et al. use 3 on 50,000 pictures; on 2,000 the balls around the
+nearest 3 leave holes even between two sets of drawn pictures (see `ceiling` in the result)."""
+MEASURED_ATTRIBUTES = {
+    "faces": ("old", "glasses", "beard", "long_hair", "dark_skin"),
+    "churches": ("night", "dome", "trees"),
+}
+"""The eight clearest attributes, whose zero-shot accuracy is asked for."""
+
+
+def measure(
+    samples: dict[str, np.ndarray],
+    clip: Clip,
+    age: AgeClassifier,
+    head: AestheticHead,
+    regressor: Regressor,
+    seed: int = 7,
+) -> dict:
+    """Measure policies and encoders on held-out pictures drawn from `seed`.
+
+    Args:
+        samples: domain to pictures that its policy generated, uint8 (N, 32, 32, 3).
+
+    Returns:
+        nested dictionary of numbers: per domain precision and recall, with the `ceiling` that a
+        fresh set of drawn pictures reaches; faces.share_50_or_over; clip.balanced_accuracy;
+        age.within_one_class and age.auc_50; aesthetic.pair_agreement; regressor.correlation.
+    """
+    held_out = {domain: draw(domain, N_HELD_OUT, seed) for domain in DOMAINS}
+    fresh = {domain: draw(domain, N_HELD_OUT, seed + 1) for domain in DOMAINS}
+    balanced = draw("faces", N_HELD_OUT, seed + 2, age_balanced=1.0)
+    embeddings = {domain: _embed(clip, drawn.pictures) for domain, drawn in held_out.items()}
+
+    result: dict = {}
+    for domain, pictures in samples.items():
+        precision, recall = precision_recall(embeddings[domain], _embed(clip, pictures))
+        ceiling = precision_recall(embeddings[domain], _embed(clip, fresh[domain].pictures))
+        result[domain] = {
+            "precision": precision,
+            "recall": recall,
+            "ceiling": dict(zip(("precision", "recall"), ceiling, strict=True)),
+            "neighbours": NEIGHBOURS,
+            "n": len(pictures),
+        }
+    if "faces" in samples:
+        result["faces"]["share_50_or_over"] = share_50_or_over(age, samples["faces"])
+    accuracies = {
+        domain: zero_shot_accuracy(clip, drawn, embeddings[domain])
+        for domain, drawn in held_out.items()
+    }
+    named = {n: a for domain, names in MEASURED_ATTRIBUTES.items() for n, a in accuracies[domain].items() if n in names}
+    others = {n: a for domain in accuracies.values() for n, a in domain.items() if n not in named}
+    result["clip"] = {"balanced_accuracy": named, "balanced_accuracy_of_others": others}
+    result["age"] = age_quality(age, balanced)
+    agreements = {
+        domain: pair_agreement(head, embeddings[domain], drawn.taste)
+        for domain, drawn in held_out.items()
+    }
+    result["aesthetic"] = {"pair_agreement": float(np.mean(list(agreements.values())))} | agreements
+    result["regressor"] = {
+        "correlation": {
+            domain: regressor_correlations(regressor, drawn) for domain, drawn in held_out.items()
+        }
+    }
+    return _rounded(result)
+
+
+def precision_recall(
+    real: torch.Tensor, generated: torch.Tensor, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Improved precision and recall of k-NN manifolds, both in [0, 1].
+
+    Args:
+        real, generated: embeddings (N, D) and (M, D).
+
+    Source: Kynkaanniemi et al. 2019, equations 1 to 3.
+    """
+    between = torch.cdist(generated, real)
+
+    def radii(points: torch.Tensor) -> torch.Tensor:
+        # The nearest neighbour of a point is the point itself, so the k-th other is at k + 1.
+        return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
+
+    precision = (between <= radii(real)[None]).any(dim=1)
+    recall = (between <= radii(generated)[:, None]).any(dim=0)
+    return precision.float().mean().item(), recall.float().mean().item()
+
+
+def share_50_or_over(age: AgeClassifier, pictures: np.ndarray) -> float:
+    """Share of faces, uint8 (N, 32, 32, 3), whose most probable class is 50 or over."""
+    with torch.no_grad():
+        classes = age_logits(age, to_tensor(pictures)).argmax(dim=1)
+    return (classes >= OVER50[0]).float().mean().item()
+
+
+def zero_shot_accuracy(clip: Clip, drawn: Drawn, embeddings: torch.Tensor) -> dict[str, float]:
+    """Balanced accuracy of every attribute of the domain: the nearer of its two prompts wins."""
+    accuracies = {}
+    for name, (positive, negative, holds) in DOMAINS[drawn.domain].ATTRIBUTES.items():
+        prompts = embed_texts(clip, [positive, negative])
+        said = (embeddings @ prompts.T).argmax(dim=1).cpu().numpy() == 0
+        truth = np.asarray(holds(drawn.factors), bool)
+        accuracies[name] = (said[truth].mean() + (~said[~truth]).mean()) / 2
+    return accuracies
+
+
+def age_quality(age: AgeClassifier, drawn: Drawn) -> dict[str, float]:
+    """On faces of balanced age: share within one class of the truth, and the AUC for 50 or over."""
+    with torch.no_grad():
+        p = age_logits(age, to_tensor(drawn.pictures)).softmax(dim=1).cpu().numpy()
+    truth = age_class(drawn.factors["age"])
+    near = np.abs(p.argmax(axis=1) - truth) <= 1
+    return {
+        "within_one_class": np.mean([near[truth == k].mean() for k in range(9)]),
+        "auc_50": auc(p[:, list(OVER50)].sum(axis=1), truth >= OVER50[0]),
+    }
+
+
+def auc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Probability that a random true case scores above a random false one; ties count half."""
+    true, false = scores[truth][:, None], scores[~truth][None]
+    return float((true > false).mean() + 0.5 * (true == false).mean())
+
+
+def pair_agreement(head: AestheticHead, embeddings: torch.Tensor, taste: np.ndarray) -> float:
+    """Share of held-out pairs that the head orders as the rater's true taste does."""
+    with torch.no_grad():
+        scores = head(embeddings).cpu().numpy()
+    half = len(scores) // 2
+    return float(
+        ((scores[:half] > scores[half : 2 * half]) == (taste[:half] > taste[half : 2 * half])).mean()
+    )
+
+
+def regressor_correlations(regressor: Regressor, drawn: Drawn) -> dict[str, float]:
+    """Correlation of each estimate with the truth."""
+    estimates = estimate(regressor, to_tensor(drawn.pictures), drawn.domain)
+    return {
+        name: np.corrcoef(values.cpu(), TARGETS[drawn.domain][name](drawn.factors).astype(float))[0, 1]
+        for name, values in estimates.items()
+    }
+
+
+def _embed(clip: Clip, pictures: np.ndarray) -> torch.Tensor:
+    with torch.no_grad():
+        return embed_images(clip, to_tensor(pictures)).float()
+
+
+def _rounded(value):
+    """Plain floats of four digits all the way down, for JSON."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return value if isinstance(value, int) else round(float(value), 4)

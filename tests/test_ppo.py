@@ -1,0 +1,463 @@
+"""Advantages, the losses by hand, the policy gradient in closed form, and one update."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch.testing import assert_close
+
+from ddpo_lib import ppo, sampler
+from ddpo_lib.config import Finetune
+from ddpo_lib.log_probs import log_prob
+from ddpo_lib.policy import Policy, transition
+from ddpo_lib.toy.policies import new_unet
+
+# ------------------------------------------------------------------------------- advantages
+
+
+def test_advantages_are_standardised_over_the_iteration():
+    values = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    expected = (values - 4) / math.sqrt((9 + 4 + 1 + 36) / 4)
+    assert_close(ppo.advantages(values, clip=5), expected)
+
+
+def test_advantages_are_standardised_within_each_group():
+    """Groups are mini-batches or prompts, and need not be contiguous."""
+    values = torch.tensor([1.0, 100.0, 3.0, 200.0, 5.0])
+    groups = torch.tensor([7, 2, 7, 2, 7])
+    expected = torch.tensor([-math.sqrt(1.5), -1.0, 0.0, 1.0, math.sqrt(1.5)])
+    assert_close(ppo.advantages(values, 5, groups), expected)
+
+
+def test_advantages_are_clamped_on_both_sides():
+    values = torch.cat([torch.zeros(50), torch.tensor([-100.0, 100.0])])
+    advantage = ppo.advantages(values, clip=4.5)
+    assert advantage[-2:].tolist() == [-4.5, 4.5]
+    assert ppo.advantages(values, clip=10)[-1] == pytest.approx(math.sqrt(26), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -16.776])
+def test_equal_rewards_have_no_advantage(value):
+    assert (ppo.advantages(torch.full((7,), value), clip=4.5) == 0).all()
+
+
+def test_group_of_equal_rewards_leaves_the_others_alone():
+    values = torch.tensor([5.0, 5.0, 1.0, 3.0])
+    advantage = ppo.advantages(values, 5, torch.tensor([0, 0, 1, 1]))
+    assert_close(advantage, torch.tensor([0.0, 0.0, -1.0, 1.0]))
+
+
+# ------------------------------------------------------------------------------- losses
+
+CASES = [
+    # advantage, ratio, loss, d loss / d log p; the clip range is 0.2
+    (2.0, 1.5, -2.4, 0.0),  # good and already likelier: stop
+    (2.0, 0.5, -1.0, -1.0),  # good but less likely: go on
+    (-2.0, 1.5, 3.0, 3.0),  # bad but likelier: go on
+    (-2.0, 0.5, 1.6, 0.0),  # bad and already less likely: stop
+    (2.0, 1.1, -2.2, -2.2),  # inside the range both ways
+    (-2.0, 0.9, 1.8, 1.8),
+    (3.0, 1.0, -3.0, -3.0),  # before the first step
+]
+
+
+@pytest.mark.parametrize("advantage, ratio, loss, gradient", CASES)
+def test_clipped_loss_by_hand(advantage, ratio, loss, gradient):
+    new = torch.tensor([math.log(ratio) - 7.0]).requires_grad_()
+    old, advantage = torch.tensor([-7.0]), torch.tensor([advantage])
+    value = ppo.ddpo_is_loss(new, old, advantage, 0.2)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss, rel=1e-5)
+    if gradient == 0:
+        assert new.grad.item() == 0
+    else:
+        assert new.grad.item() == pytest.approx(gradient, rel=1e-5)
+
+
+def test_score_function_loss():
+    new = torch.tensor([-1.0, -2.0, 3.0]).requires_grad_()
+    advantage = torch.tensor([2.0, -3.0, 0.5])
+    loss = ppo.ddpo_sf_loss(new, torch.zeros(3), advantage, 1e-4)
+    loss.sum().backward()
+    assert_close(loss.detach(), torch.tensor([2.0, -6.0, -1.5]))
+    assert_close(new.grad, -advantage)
+
+
+# ------------------------------------------- the policy gradient on a one-dimensional chain
+#
+# The network predicts the same noise theta everywhere, so that with DDIM's step
+# x_{t-1} = A_t x_t + B_t theta + sigma_t z is a linear Gaussian chain, x_0 is Gaussian, and the
+# gradient of E[reward] is known. The last step is deterministic and no action: theta's part in it
+# belongs to the world, not to the policy.
+
+THETA, ETA, K, N = 0.4, 0.8, 5, 40_000
+BETAS = 0.1, 0.5  # a schedule so coarse that no action's gradient drowns the others in noise
+
+
+class Constant(torch.nn.Module):
+    device = torch.device("cpu")
+    config = SimpleNamespace(sample_size=1, in_channels=1)
+
+    def __init__(self):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor(THETA))
+
+    def forward(self, x_t, t):
+        return SimpleNamespace(sample=self.theta.expand_as(x_t))
+
+
+def coefficients():
+    """A, B and sigma of each step, written from the DDIM paper in float64."""
+    alpha_bar = np.cumprod(1 - np.linspace(*BETAS, K))[::-1]
+    now, then = alpha_bar, np.append(alpha_bar[1:], 1.0)
+    sigma = ETA * np.sqrt((1 - then) / (1 - now)) * np.sqrt(1 - now / then)
+    A = np.sqrt(then / now)
+    B = np.sqrt(1 - then - sigma**2) - np.sqrt(then / now) * np.sqrt(1 - now)
+    return A, B, sigma
+
+
+def moments():
+    """Of x_0: its mean, its variance, and how the actions move its mean, d E[x_0] / d theta."""
+    A, B, sigma = coefficients()
+    after = np.array([np.prod(A[k + 1 :]) for k in range(K)])  # from x after step k to x_0
+    mean, variance = THETA * (B * after).sum(), np.prod(A) ** 2 + ((sigma * after) ** 2).sum()
+    return mean, variance, (B * after)[:-1].sum()
+
+
+def linear(x_0):
+    """Its reward and its gradient, d E[x_0]/d theta."""
+    return x_0, moments()[2]
+
+
+def quadratic(x_0):
+    """E[−(x_0 − c)²] = −Var − (E x_0 − c)², and the variance does not depend on theta."""
+    mean, variance, slope = moments()
+    c = mean - 1.5 * math.sqrt(variance)
+    return -((x_0 - c) ** 2), -2 * (mean - c) * slope
+
+
+@pytest.fixture(scope="module")
+def chain():
+    policy = Policy(Constant(), DDPMScheduler(K, *BETAS, clip_sample=False), bf16=False)
+    x_T = sampler.noise(policy, N, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    return policy, sampler.rollout(policy, x_T, K, generator, ETA)
+
+
+def test_chain_has_the_moments_of_the_closed_form(chain):
+    _, trajectory = chain
+    mean, variance, _ = moments()
+    x_0 = trajectory.x_0.view(-1)
+    assert x_0.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / N))
+    assert x_0.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / N))
+
+
+@pytest.mark.parametrize("reward", [linear, quadratic])
+@pytest.mark.parametrize("objective", ["ddpo_sf", "ddpo_is"])
+def test_policy_gradient_equals_the_closed_form(chain, objective, reward):
+    policy, trajectory = chain
+    _, B, sigma = coefficients()
+    rewards, truth = reward(trajectory.x_0.view(-1))
+    advantage = ppo.advantages(rewards, clip=1e9)
+
+    settings = Finetune(
+        objective=objective, max_grad_norm=1e9, n_samples=N, minibatch_size=N, micro_batch=30_000
+    )
+    optimizer = torch.optim.SGD(policy.unet.parameters(), lr=0.0)
+    ppo.update(policy, optimizer, trajectory, advantage, settings, rate=0.0)
+    ours = -policy.unet.theta.grad.item() * rewards.std(correction=0).item()
+
+    # Exactly: theta's score is the sum over the actions of B z / sigma.
+    generator = torch.Generator().manual_seed(1)
+    z = np.stack([torch.randn(N, 1, 1, 1, generator=generator).view(-1) for _ in range(K - 1)])
+    score = (B[:-1, None] / sigma[:-1, None] * z).sum(0)
+    per_sample = (rewards - rewards.mean()).double().numpy() * score
+    assert ours == pytest.approx(per_sample.mean(), rel=1e-3)
+
+    # On average: the derivative of the expected reward.
+    error = per_sample.std() / math.sqrt(N)
+    assert abs(ours - truth) < 4 * error
+    assert error < 0.03 * abs(truth)
+
+
+@pytest.mark.parametrize("objective", ["ddpo_sf", "ddpo_is"])
+def test_policy_gradient_of_an_autoregressive_chain(objective):
+    """The same with the losses alone: x_{t-1} = a x_t + theta + sigma z, reward −(x_0 − c)²."""
+    n, steps, a, c = 100_000, 4, 0.8, 2.0
+    sigma = torch.tensor(0.5)
+    theta = torch.tensor(0.3, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(steps, n, 1, 1, 1, generator=generator)
+    x = [torch.zeros(n, 1, 1, 1)]
+    for k in range(steps):
+        x.append(a * x[-1] + theta.item() + sigma * z[k])
+    reach = sum(a**k for k in range(steps))
+    truth = -2 * (theta.item() * reach - c) * reach
+    rewards = -((x[-1] - c) ** 2).view(-1)
+    baselined = rewards - rewards.mean()
+
+    loss = 0
+    for k in range(steps):
+        old = log_prob(x[k + 1], a * x[k] + theta.item(), sigma.expand(n), "sum")
+        new = log_prob(x[k + 1], a * x[k] + theta, sigma.expand(n), "sum")
+        loss = loss + ppo.OBJECTIVES[objective](new, old, baselined, 1e-4).sum() / n
+    loss.backward()
+
+    per_sample = baselined * (z / sigma).sum(0).view(-1)
+    assert -theta.grad.item() == pytest.approx(per_sample.mean().item(), rel=1e-3)
+    error = (per_sample.std() / math.sqrt(n)).item()
+    assert abs(-theta.grad.item() - truth) < 4 * error
+    assert error < 0.02 * abs(truth)
+
+
+# ------------------------------------------------------------------------------- learning rate
+
+
+def test_constant_learning_rate():
+    settings = Finetune(learning_rate=2e-5)
+    assert {ppo.learning_rate(i, settings) for i in range(settings.n_updates)} == {2e-5}
+
+
+def test_warmup_then_half_cosine():
+    settings = Finetune(
+        lr_schedule="warmup_cosine", learning_rate=1e-5, peak_learning_rate=9e-5,
+        n_iterations=41, n_samples=5, minibatch_size=5,
+    )  # fmt: skip
+    rate = [ppo.learning_rate(i, settings) for i in range(settings.n_updates)]
+    assert len(rate) == 41
+    assert rate[0] == pytest.approx(1e-5)
+    assert rate[5] == pytest.approx(5e-5)  # half-way up the straight line
+    assert rate[2] - rate[1] == pytest.approx(rate[9] - rate[8])
+    assert max(rate) == rate[10] == pytest.approx(9e-5)  # 25 % of the way
+    assert rate[20] == pytest.approx(1e-6 + 8.9e-5 * 0.75)  # a third of the cosine: cos 60° = ½
+    assert rate[25] == pytest.approx((9e-5 + 1e-6) / 2)  # half-way down
+    assert rate[40] == pytest.approx(1e-6)  # 0.1 × the initial rate
+    assert rate[10:] == sorted(rate[10:], reverse=True)
+
+
+def test_schedule_counts_inner_epochs():
+    settings = Finetune(n_iterations=3, n_samples=20, minibatch_size=5, n_inner_epochs=2)
+    assert settings.n_updates == 24
+
+
+def test_schedule_of_a_single_update():
+    settings = Finetune(
+        lr_schedule="warmup_cosine", n_iterations=1, n_samples=5, minibatch_size=5
+    )
+    assert math.isfinite(ppo.learning_rate(0, settings))
+
+
+# ------------------------------------------------------------------------------- ratios
+
+
+@pytest.mark.parametrize("micro_batch", [7, 200])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_ratio_is_one_before_the_first_step(bf16, micro_batch):
+    """The toy architecture; the rollout's batches and the update's differ in size and in steps."""
+    torch.manual_seed(0)
+    policy = Policy(new_unet().eval(), DDPMScheduler(1000, clip_sample=True), bf16)
+    x_T = sampler.noise(policy, 4, seed=0)
+    trajectory = sampler.rollout(policy, x_T, 20, torch.Generator().manual_seed(0), batch_size=4)
+
+    k, i = ppo.stochastic_pairs(policy, trajectory)
+    with torch.no_grad():
+        new = torch.cat(
+            [
+                ppo.score(policy, trajectory, *pair)
+                for pair in zip(k.split(micro_batch), i.split(micro_batch), strict=True)
+            ]
+        )
+
+    assert len(new) == 19 * 4
+    ratio = (new - trajectory.log_probs[k, i]).exp()
+    assert (ratio - 1).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------- update
+
+n, STEPS = 6, 5
+
+
+def rollout(policy, reduction="mean", eta=1.0):
+    x_T = sampler.noise(policy, n, seed=3)
+    return sampler.rollout(policy, x_T, STEPS, torch.Generator().manual_seed(4), eta, reduction)
+
+
+def shift(trajectory, by):
+    """As if the rollout's policy had been another: log-ratios of an update become `by` (K, N)."""
+    return dataclasses.replace(trajectory, log_probs=trajectory.log_probs - by)
+
+
+def settings_for(**changes):
+    return Finetune(
+        **{"n_samples": n, "minibatch_size": n, "clip_range": 0.1, "max_grad_norm": 1e9} | changes
+    )
+
+
+def update(policy, trajectory, advantage, rate=0.0, **changes):
+    """One update and the gradient that it used, flat; with rate 0 the weights stay."""
+    optimizer = torch.optim.AdamW(policy.unet.parameters(), weight_decay=0.0)
+    metrics = ppo.update(
+        policy, optimizer, trajectory, advantage, settings_for(**changes), rate
+    )
+    return metrics, flat(policy)
+
+
+def flat(policy):
+    return torch.cat([p.grad.reshape(-1) for p in policy.unet.parameters()])
+
+
+ADVANTAGE = torch.tensor([1.5, -0.5, 0.2, -2.0, 1.0, 0.8])
+
+
+def off_policy(seed=5, scale=0.2):
+    return scale * torch.randn(STEPS, n, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 200])
+@pytest.mark.parametrize("objective", ["ddpo_is", "ddpo_sf"])
+def test_folded_update_equals_the_loop_over_timesteps(policy, objective, micro_batch):
+    trajectory = shift(rollout(policy), off_policy())
+
+    policy.unet.zero_grad()
+    total = 0.0
+    for k in range(STEPS - 1):
+        t, t_prev = (
+            value[k].expand(n) for value in (trajectory.timesteps, trajectory.t_prev)
+        )
+        step = transition(policy, trajectory.states[k], t, t_prev)
+        new = log_prob(trajectory.states[k + 1], step.mean, step.std)
+        if objective == "ddpo_is":
+            rho = (new - trajectory.log_probs[k]).exp()
+            terms = torch.max(-ADVANTAGE * rho, -ADVANTAGE * rho.clip(0.9, 1.1))
+        else:
+            terms = -ADVANTAGE * new
+        terms.mean().backward()
+        total += terms.mean().item()
+    expected = flat(policy)
+
+    metrics, ours = update(
+        policy, trajectory, ADVANTAGE, objective=objective, micro_batch=micro_batch
+    )
+    assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert metrics.loss == pytest.approx(total, rel=1e-4)
+    assert metrics.grad_norm == pytest.approx(expected.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["ddpo_is", "ddpo_sf"])
+def test_mean_over_timesteps_is_the_sum_divided_by_the_actions(policy, objective):
+    trajectory = rollout(policy)
+    (total, summed), (average, averaged) = (
+        update(policy, trajectory, ADVANTAGE, loss_reduction=how, objective=objective)
+        for how in ("sum", "mean")
+    )
+    assert average.loss == pytest.approx(total.loss / (STEPS - 1), rel=1e-5)
+    assert_close(averaged, summed / (STEPS - 1), rtol=1e-4, atol=1e-7)
+
+
+def test_last_step_carries_no_gradient(policy):
+    """Whatever the last step's picture and stored log-probability, nothing changes."""
+    trajectory = rollout(policy)
+    before, gradient = update(policy, trajectory, ADVANTAGE)
+    states, log_probs = trajectory.states.clone(), trajectory.log_probs.clone()
+    states[-1] += 1e-3
+    log_probs[-1] = 50.0
+    trajectory = dataclasses.replace(trajectory, states=states, log_probs=log_probs)
+    after, same = update(policy, trajectory, ADVANTAGE)
+    assert after == before
+    assert same.equal(gradient)
+    assert gradient.abs().max() > 0
+
+
+def test_metrics_by_hand(policy):
+    """Clip fraction, ratio and KL count every timestep, not only the last one."""
+    by = torch.zeros(STEPS, n)
+    by[0, 0], by[0, 1], by[1, 2], by[2, 3] = 0.3, -0.3, 0.05, 1.0
+    n_pairs = n * (STEPS - 1)
+    metrics, _ = update(policy, shift(rollout(policy), by), ADVANTAGE, clip_range=0.1)
+
+    ratios = [math.exp(x) for x in (0.3, -0.3, 0.05, 1.0)]
+    assert metrics.clip_fraction == pytest.approx(3 / n_pairs)
+    assert metrics.mean_ratio == pytest.approx(1 + sum(r - 1 for r in ratios) / n_pairs, rel=1e-5)
+    kl = sum(r - 1 - math.log(r) for r in ratios)
+    assert metrics.approx_kl == pytest.approx(kl / n, rel=1e-3)
+    clipped = [1.1, 0.9, ratios[2], ratios[3]]  # for advantages of 1.5, −0.5, 0.2 and −2.0
+    terms = -ADVANTAGE.sum() * (STEPS - 1)
+    terms -= sum(a * (r - 1) for a, r in zip(ADVANTAGE[:4], clipped, strict=True))
+    assert metrics.loss == pytest.approx(terms.item() / n, rel=1e-4)
+
+
+def test_on_policy_metrics(policy):
+    metrics, _ = update(policy, rollout(policy), ADVANTAGE, rate=1e-3, clip_range=1e-4)
+    assert metrics.mean_ratio == pytest.approx(1, abs=1e-6)
+    assert metrics.clip_fraction == 0
+    assert abs(metrics.approx_kl) < 1e-5
+    assert metrics.learning_rate == 1e-3
+
+
+def test_update_makes_good_actions_likelier_and_bad_ones_less_likely(policy):
+    """And the next update of the same trajectories sees it."""
+    trajectory = rollout(policy)
+    optimizer = torch.optim.AdamW(policy.unet.parameters())
+    settings = settings_for(clip_range=1e-4, max_grad_norm=1.0)
+    ppo.update(policy, optimizer, trajectory, ADVANTAGE, settings, rate=1e-4)
+    k, i = ppo.stochastic_pairs(policy, trajectory)
+    with torch.no_grad():
+        change = ppo.score(policy, trajectory, k, i) - trajectory.log_probs[k, i]
+    assert (change * ADVANTAGE[i]).sum() > 0
+    second = ppo.update(policy, optimizer, trajectory, ADVANTAGE, settings, rate=1e-4)
+    assert second.clip_fraction > 0.1
+    assert second.approx_kl > 0
+
+
+@pytest.mark.parametrize("limit, scaled", [(1e9, False), (1e-3, True)])
+def test_gradient_is_rescaled_to_the_largest_norm(policy, limit, scaled):
+    metrics, gradient = update(policy, rollout(policy), ADVANTAGE, max_grad_norm=limit)
+    assert metrics.grad_norm > 1e-3  # reported as it was before
+    norm = limit if scaled else metrics.grad_norm
+    assert gradient.norm().item() == pytest.approx(norm, rel=1e-3)
+
+
+def test_rate_of_the_update_is_the_one_given(policy):
+    before = [p.detach().clone() for p in policy.unet.parameters()]
+    update(policy, rollout(policy), ADVANTAGE, rate=1e-3)
+    moved = max(
+        (p - q).abs().max().item()
+        for p, q in zip(policy.unet.parameters(), before, strict=True)
+    )
+    assert moved == pytest.approx(1e-3, rel=0.01)  # Adam's first step
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_gradient_that_is_not_finite_is_an_error_and_updates_nothing(policy, bad):
+    before = {name: p.clone() for name, p in policy.unet.state_dict().items()}
+    optimizer = torch.optim.AdamW(policy.unet.parameters())
+    advantage = ADVANTAGE.clone()
+    advantage[2] = bad
+    with pytest.raises(FloatingPointError, match=r"nothing was updated. Lower the learning rate"):
+        ppo.update(policy, optimizer, rollout(policy), advantage, settings_for(), rate=1e-3)
+    for name, value in policy.unet.state_dict().items():
+        assert value.equal(before[name]), name
+    assert not optimizer.state
+
+
+def test_deterministic_trajectories_are_an_error(policy):
+    with pytest.raises(ValueError, match="roll out with eta > 0"):
+        update(policy, rollout(policy, eta=0.0), ADVANTAGE)
+
+
+def test_selected_trajectories(policy):
+    """A mini-batch keeps each sample's states and log-probabilities together."""
+    trajectory = rollout(policy)
+    some = ppo.select(trajectory, torch.tensor([4, 1]))
+    assert some.states.equal(trajectory.states[:, [4, 1]])
+    assert some.log_probs.equal(trajectory.log_probs[:, [4, 1]])
+    assert some.timesteps.equal(trajectory.timesteps)
+    k, i = ppo.stochastic_pairs(policy, some)
+    with torch.no_grad():
+        replayed = ppo.score(policy, some, k, i)
+    assert_close(replayed, some.log_probs[k, i], rtol=1e-5, atol=1e-5)
