@@ -35,6 +35,6 @@ $(INSTALLED): requirements.txt pyproject.toml
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv: about two minutes and 6 GB, once"
 	@$(PYTHON) -m venv .venv
-	@$(VENV)/pip install -q -r requirements.txt
-	@$(VENV)/pip install -q --no-deps -e .
+	@$(VENV)/pip install -qq -r requirements.txt
+	@$(VENV)/pip install -qq --no-deps -e .
 	@touch $@

@@ -47,6 +47,9 @@ def plan(profile_name: str, cores: int) -> str:
             state = "done"
         elif changes := changed_settings(run):
             state = f"to do again, {', '.join(changes)}"
+            # Snakemake sees files and not settings: without this it would take a run that somebody
+            # made by hand under other settings for the batch's own.
+            (_home(run) / "evaluation.json").unlink(missing_ok=True)
         elif done:
             state = f"goes on after {done} of {run.settings.n_iterations} iterations"
         else:

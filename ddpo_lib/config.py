@@ -73,7 +73,7 @@ class Finetune:
             value = getattr(self, entry.name)
             if not isinstance(value, (int, float) if entry.type is float else entry.type):
                 raise ValueError(
-                    f"{entry.name}={value!r}: must be a {entry.type.__name__} "
+                    f"{entry.name}={value!r}: must be of type {entry.type.__name__} "
                     "(in YAML a number such as 3e-5 needs its dot: 3.0e-5)"
                 )
         for name, allowed in CHOICES.items():
@@ -83,7 +83,8 @@ class Finetune:
             raise ValueError(f"eta={self.eta}: finetuning needs a stochastic sampler, eta > 0")
         if self.n_samples % self.minibatch_size:
             raise ValueError(
-                f"n_samples={self.n_samples} is not a multiple of minibatch_size={self.minibatch_size}"
+                f"n_samples={self.n_samples} is not a multiple of "
+                f"minibatch_size={self.minibatch_size}"
             )
         for name in ("n_iterations", "n_samples", "minibatch_size", "micro_batch", "n_development"):
             if getattr(self, name) < 1:
@@ -176,8 +177,8 @@ class Profile:
             )
         if task not in self.tasks and reward is None:
             raise ValueError(
-                f"unknown task {task!r}: profile {self.name!r} has {sorted(self.tasks)}; for a task "
-                "of your own, name its reward too, as 'package.module:function'"
+                f"unknown task {task!r}: profile {self.name!r} has {sorted(self.tasks)}; "
+                "for a task of your own, name its reward too, as 'package.module:function'"
             )
         own = dict(self.tasks.get(task, {}))
         task_reward = own.pop("reward", None)

@@ -103,7 +103,9 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
             "open_clip.list_pretrained() names them all"
         )
     try:
-        model, _, _ = open_clip.create_model_and_transforms(name, require_pretrained=True, **options)
+        model, _, _ = open_clip.create_model_and_transforms(
+            name, require_pretrained=True, **options
+        )
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         raise _unreadable(source, "a CLIP model", error) from error
@@ -117,11 +119,11 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
 
 def embed_images(clip: Clip, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
     """L2-normalised CLIP embeddings (N, D) of a float batch (N, 3, H, W) in [-1, 1]."""
-    size = clip.image_size
-    return torch.cat([
-        F.normalize(clip.model.encode_image(_prepare(part, size, clip.mean, clip.std, "bicubic")), dim=-1)
+    embeddings = [
+        clip.model.encode_image(_prepare(part, clip, "bicubic"))
         for part in _on(clip.model, images).split(batch_size)
-    ])  # fmt: skip
+    ]
+    return F.normalize(torch.cat(embeddings), dim=-1)
 
 
 def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
@@ -184,20 +186,21 @@ def age_logits(
     classifier: AgeClassifier, images: torch.Tensor, batch_size: int = 250
 ) -> torch.Tensor:
     """Logits (N, 9) over AGE_CLASSES of a float batch (N, 3, H, W) in [-1, 1]."""
-    size, mean, std = classifier.image_size, classifier.mean, classifier.std
-    return torch.cat([
-        classifier.model(pixel_values=_prepare(part, size, mean, std, "bilinear")).logits
+    logits = [
+        classifier.model(pixel_values=_prepare(part, classifier, "bilinear")).logits
         for part in _on(classifier.model, images).split(batch_size)
-    ])  # fmt: skip
+    ]
+    return torch.cat(logits)
 
 
-def _prepare(images: torch.Tensor, size: int, mean: Numbers, std: Numbers, mode: str) -> torch.Tensor:
-    """Resize to (size, size) and standardise; what image processors do, on tensors."""
+def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, mode: str) -> torch.Tensor:
+    """Resize and standardise: what image processors do, on tensors."""
+    size = encoder.image_size
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"expected square RGB pictures (N, 3, S, S), got {tuple(images.shape)}")
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
     return ((images + 1) / 2 - mean) / std
 
 

@@ -1,6 +1,7 @@
 """The fixed-noise evaluation set: scores before and after finetuning, and Table 5.1."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def pictures(source: str | Path, settings: Evaluation, cache: Path, bf16: bool = True) -> np.ndarray:
+def pictures(
+    source: str | Path, settings: Evaluation, cache: Path, bf16: bool = True
+) -> np.ndarray:
     """The evaluation set of one policy: uint8 (n, H, W, C), from the profile's fixed noise, η = 0.
 
     Args:
@@ -34,7 +37,7 @@ def pictures(source: str | Path, settings: Evaluation, cache: Path, bf16: bool =
     x_0 = sampler.sample(model, x_T, settings.n_steps, progress=f"evaluation set, {settings.n}")
     result = rewards.to_uint8(x_0).numpy()
     cache.parent.mkdir(parents=True, exist_ok=True)
-    draft = cache.with_name("draft-" + cache.name)
+    draft = cache.with_name(f"draft-{os.getpid()}-{cache.name}")
     np.savez(draft, pictures=result, key=key)
     draft.replace(cache)
     return result
@@ -101,8 +104,10 @@ def table_5_1(profile: Profile, table_runs: list[Run]) -> pd.DataFrame:
 def share_over_50(images: np.ndarray, models: Models) -> tuple[float, float]:
     """Share of faces that the age classifier puts at 50 or over, and its standard error."""
     classifier = encoders.load_age_classifier(paths.resolve(models.age))
+
     def is_old(batch):
         return (encoders.age_logits(classifier, batch).argmax(1) >= min(encoders.OVER50)).float()
+
     with torch.no_grad():
         old = score(images, is_old)
     return old.mean(), standard_error(old)

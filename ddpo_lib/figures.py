@@ -83,9 +83,7 @@ def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int, gap: int = 1)
     for i, picture in enumerate(pictures):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = picture
-    # Enlarged here, so that the display only ever shrinks and every pixel looks equally large.
-    factor = -(-256 // height)
-    ax.imshow(canvas.repeat(factor, 0).repeat(factor, 1), interpolation="antialiased")
+    ax.imshow(canvas, interpolation="nearest")
     ax.set_axis_off()
 
 

@@ -24,6 +24,11 @@ def finetune(run: Run) -> Path:
         The run's folder; what it holds is described in `runs`. best/ is the policy with the highest
         development reward.
     """
+    with runs.hold(run):
+        return _finetune(run)
+
+
+def _finetune(run: Run) -> Path:
     home = runs.open_folder(run)
     settings = run.settings
     resumed = (home / "last").exists()

@@ -17,7 +17,8 @@ def log_prob(
         std: (N,). Where it is 0 the step is deterministic: it is no action, its log-probability
             is 0 and it carries no gradient.
         reduction: "sum" over C·H·W is the log-density in nats. "mean" divides it by C·H·W, so that
-            exp of a difference is the (C·H·W)-th root of the true ratio; the clip range goes with it.
+            exp of a difference is the (C·H·W)-th root of the true ratio; the clip range goes with
+            it.
 
     Returns:
         (N,) float32.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import papermill
 import torch
 import transformers
 
-from ddpo_lib import batch, finetune
+from ddpo_lib import batch, finetune, paths
 from ddpo_lib.config import Profile, Run
 
 SHOWN = ("torch", "diffusers", "transformers", "open_clip_torch")
@@ -45,9 +46,11 @@ def begin(notebook: str) -> Page:
 
     space = get_ipython().user_ns
     cells = [cell for cell in space["In"] if cell.lstrip().startswith("# Parameters")]
-    if not cells:
+    # nbval keeps no history, and runs the notebook's own file.
+    own_file = str(paths.NOTEBOOKS / f"{notebook}.ipynb")
+    known = assigned_names(cells[0]) if cells else list(papermill.inspect_notebook(own_file))
+    if not set(known) <= set(space):
         raise ValueError(f"run the parameters cell of notebook {notebook} first")
-    known = assigned_names(cells[0])
     unknown = sorted({name for cell in cells[1:] for name in assigned_names(cell)} - set(known))
     if unknown:
         raise ValueError(f"unknown parameter {unknown}: notebook {notebook} takes {known}")
@@ -56,8 +59,10 @@ def begin(notebook: str) -> Page:
     transformers.utils.logging.disable_progress_bar()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"Python {platform.python_version()}, {versions}; "
-          f"device: {device}, {torch.get_num_threads()} threads")
+    print(
+        f"Python {platform.python_version()}, {versions}; "
+        f"device: {device}, {torch.get_num_threads()} threads"
+    )
     return Page(notebook, space["profile"], {name: space[name] for name in known})
 
 

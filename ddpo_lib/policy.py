@@ -14,7 +14,7 @@ class Policy:
     unet: UNet2DModel
     """eps_theta: takes x_t (N, C, H, W) and t (N,), predicts the noise in x_t."""
     scheduler: DDPMScheduler
-    """The schedule that came with the weights; only its `alphas_cumprod` and `clip_sample` count."""
+    """Came with the weights; only its `alphas_cumprod` and `clip_sample` count."""
     bf16: bool = True
     """Run the network under bfloat16 autocast. Everything after the network is float32."""
 

@@ -164,10 +164,8 @@ def stochastic_pairs(policy: Policy, trajectory: Trajectory) -> tuple[torch.Tens
     return actions.repeat_interleave(n), torch.arange(n).repeat(len(actions))
 
 
-def score(
-    policy: Policy, trajectory: Trajectory, k: torch.Tensor, i: torch.Tensor
-) -> torch.Tensor:
-    """log p_theta(states[k+1, i] | states[k, i]) for pairs of step and sample, (len(k),) float32."""
+def score(policy: Policy, trajectory: Trajectory, k: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    """log p_theta(states[k+1, i] | states[k, i]) for pairs of step and sample, (K,) float32."""
     device = trajectory.states.device
     step = transition(
         policy,

@@ -4,6 +4,7 @@ A reward is any callable from a float batch (N, C, H, W) in [-1, 1] to (N,) fini
 registry holds the thesis's five; a parameter "package.module:function" names a reader's own.
 """
 
+import functools
 import importlib
 import io
 from collections.abc import Callable
@@ -103,7 +104,7 @@ def load(
             wrong shape or a value that is not finite, and RuntimeError where it raises.
     """
     if name in JPEG:
-        reward = lambda images: JPEG[name](images, jpeg_encoding)
+        reward = functools.partial(JPEG[name], encoding=jpeg_encoding)
     elif name in LEARNED:
         reward = LEARNED[name](models, device)
     else:
@@ -112,9 +113,7 @@ def load(
     @torch.no_grad()
     def checked(images: torch.Tensor) -> torch.Tensor:
         try:
-            values = torch.as_tensor(
-                reward(images), dtype=torch.float32, device=images.device
-            )
+            values = torch.as_tensor(reward(images), dtype=torch.float32, device=images.device)
         except Exception as error:
             raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
         if values.shape != (len(images),):
@@ -124,7 +123,9 @@ def load(
             )
         if not values.isfinite().all():
             bad = (~values.isfinite()).nonzero().view(-1).tolist()
-            raise ValueError(f"reward {name!r} is not finite for pictures {bad[:10]}: {values[bad[0]]}")
+            raise ValueError(
+                f"reward {name!r} is not finite for pictures {bad[:10]}: {values[bad[0]]}"
+            )
         return values
 
     return checked

@@ -1,23 +1,26 @@
 """A run's folder, data/runs/<profile>/<policy>-<task>-s<seed>/:
 
-    settings.json         everything that decided the run
-    metrics.csv           one row per optimizer step, see `ppo.UpdateMetrics`
-    iterations.csv        one row per iteration: training and development rewards, seconds
-    rewards.csv           every sampled picture's reward
-    development/NNN.npz   the development set after NNN iterations: pictures and rewards
-    last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position
-    evaluation.json       the evaluation set's scores, written when everything is done
+settings.json         everything that decided the run
+metrics.csv           one row per optimizer step, see `ppo.UpdateMetrics`
+iterations.csv        one row per iteration: training and development rewards, seconds
+rewards.csv           every sampled picture's reward
+development/NNN.npz   the development set after NNN iterations: pictures and rewards
+last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position
+evaluation.json       the evaluation set's scores, written when everything is done
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from ddpo_lib import paths, policy
@@ -27,6 +30,29 @@ from ddpo_lib.config import Run
 def folder(run: Run) -> Path:
     """Where the run lives, whether or not it exists yet."""
     return paths.RUNS / run.profile / run.name
+
+
+@contextlib.contextmanager
+def hold(run: Run) -> Iterator[None]:
+    """Own the run's folder: two processes never write to it, and a killed one frees it.
+
+    Waits while another process has it, for instance one that outlived a batch that was killed.
+
+    Raises:
+        OSError: the folder cannot be written; says which and what to do.
+    """
+    with _explained(folder(run)):
+        folder(run).parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder(run).with_name(f".{run.name}.lock"))
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"{run.name}: another process is at work on it; waiting for that to end")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_folder(run: Run) -> Path:
@@ -40,7 +66,7 @@ def open_folder(run: Run) -> Path:
     """
     home = folder(run)
     settings = _as_json(run)
-    try:
+    with _explained(home):
         file = home / "settings.json"
         if file.exists():
             stored = json.loads(file.read_text())
@@ -52,15 +78,12 @@ def open_folder(run: Run) -> Path:
             while (aside := home.with_name(f"{home.name}.old{n}")).exists():
                 n += 1
             home.rename(aside)
-            print(f"{run.name}: settings changed ({_differences(stored, settings)}); "
-                  f"the earlier run is kept in {aside}")
+            print(
+                f"{run.name}: settings changed ({_differences(stored, settings)}); "
+                f"the earlier run is kept in {aside}"
+            )
         (home / "development").mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the run's folder {home}: {error}. Make it writable, free some space, or "
-            "set DDPO_ROOT to a folder that is"
-        ) from error
     return home
 
 
@@ -124,8 +147,8 @@ def load_checkpoint(home: Path, optimizer: torch.optim.Optimizer) -> dict:
         moments = load_file(last / "optimizer.safetensors")
     except Exception as error:
         raise ValueError(
-            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). Delete that folder "
-            "to start the run again; its best/ and its development pictures stay"
+            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). Delete "
+            "that folder to start the run again; its best/ and its development pictures stay"
         ) from error
     restored: dict[int, dict] = {}
     for name, value in moments.items():
@@ -156,9 +179,24 @@ def fingerprint(source: str) -> str | None:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _explained(home: Path) -> Iterator[None]:
+    """Say of an error of the disk which folder it concerns and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write the run's folder {home}: {error}. Make it writable, free some space, or "
+            "set DDPO_ROOT to a folder that is"
+        ) from error
+
+
 def _as_json(run: Run) -> dict:
     content = dataclasses.asdict(run)
-    content["source_sha256"] = fingerprint(paths.resolve(run.source))
+    sources = {"policy": run.source, **dataclasses.asdict(run.models)}
+    content["sha256"] = {
+        name: fingerprint(paths.resolve(source)) for name, source in sources.items()
+    }
     return json.loads(json.dumps(content))
 
 

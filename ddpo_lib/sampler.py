@@ -1,5 +1,6 @@
 """Denoising from noise to picture: trajectories with their log-probabilities, or samples alone."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ class Trajectory:
     timesteps: torch.Tensor
     """(T,) int64, descending to 0: step k goes from states[k] at timesteps[k] to states[k+1]."""
     log_probs: torch.Tensor
-    """(T, N) float32: log p_theta(states[k+1] | states[k]) when sampled. Row k is 0 where step k was
-    deterministic: no action was taken there."""
+    """(T, N) float32: log p_theta(states[k+1] | states[k]) when sampled. Row k is 0 where step k
+    was deterministic: no action was taken there."""
     eta: float
     """DDIM's eta, which scales sigma_t."""
     reduction: str
@@ -87,9 +88,9 @@ def sample(
 
     Arguments as in `rollout`; at eta = 0 the result is a function of x_T alone.
     """
-    for _, _, x in _chain(policy, x_T, n_steps, eta, generator, batch_size, progress):
-        pass
-    return x
+    chain = _chain(policy, x_T, n_steps, eta, generator, batch_size, progress)
+    last = deque(chain, maxlen=1).pop()
+    return last[2]
 
 
 @torch.no_grad()
@@ -128,7 +129,9 @@ def _chain(policy, x_T, n_steps, eta, generator, batch_size, progress) -> Iterat
 def _step(policy, x_t, t, t_prev, eta, batch_size) -> tuple[torch.Tensor, ...]:
     """The transition of a whole batch at one timestep, `batch_size` samples at a time."""
     parts = [
-        transition(policy, x, t.expand(len(x)).to(x.device), t_prev.expand(len(x)).to(x.device), eta)
+        transition(
+            policy, x, t.expand(len(x)).to(x.device), t_prev.expand(len(x)).to(x.device), eta
+        )
         for x in x_t.split(batch_size)
     ]
     return (

@@ -7,6 +7,7 @@ import types
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # exact tests run on the CPU
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
@@ -22,21 +23,22 @@ torch.set_num_threads(1)  # faster for tiny tensors, and parallel workers leave 
 
 @pytest.fixture
 def new_policy():
-    """new_policy(seed=0, bf16=False, clip_sample=True, channels=3): random weights, 8x8 pixels."""
+    """new_policy(seed=0, bf16=False, clip_sample=True, channels=3, widths=(8, 16)): random
+    weights, pictures of 8x8 pixels."""
 
-    def make(seed=0, bf16=False, clip_sample=True, channels=3) -> Policy:
+    def make(seed=0, bf16=False, clip_sample=True, channels=3, widths=(8, 16)) -> Policy:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet = UNet2DModel(
                 sample_size=8,
                 in_channels=channels,
                 out_channels=channels,
-                block_out_channels=(8, 16),
+                block_out_channels=widths,
                 layers_per_block=1,
                 norm_num_groups=4,
                 add_attention=False,
-                down_block_types=("DownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "UpBlock2D"),
+                down_block_types=("DownBlock2D",) * len(widths),
+                up_block_types=("UpBlock2D",) * len(widths),
             ).eval()
         return Policy(unet, DDPMScheduler(1000, clip_sample=clip_sample), bf16)
 
@@ -78,19 +80,19 @@ def brightness(monkeypatch) -> Brightness:
 
 @pytest.fixture
 def new_run(tmp_path, monkeypatch, new_policy, brightness):
-    """new_run(seed=0, **settings): a finetuning of a tiny policy that takes a second or two."""
+    """new_run(seed=0, **settings): a finetuning of a tiny policy that takes half a second."""
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     source = tmp_path / "pretrained"
-    policies.save(new_policy(), source)
+    policies.save(new_policy(widths=(8,)), source)
 
     def make(seed=0, **settings) -> Run:
         small = {
             "n_iterations": 3,
-            "n_samples": 6,
-            "n_steps": 4,
-            "minibatch_size": 3,
-            "micro_batch": 5,
-            "n_development": 3,
+            "n_samples": 4,
+            "n_steps": 3,
+            "minibatch_size": 2,
+            "micro_batch": 3,
+            "n_development": 2,
             "learning_rate": 1e-3,
             "peak_learning_rate": 3e-3,
             "bf16": False,

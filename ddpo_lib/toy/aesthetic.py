@@ -43,12 +43,13 @@ def train_aesthetic_head(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
+    pictures = [to_tensor(part.pictures) for part in drawn]
     with torch.no_grad():
-        clean, rough = (
-            [torch.cat([embed_images(clip, look(part)) for part in _thousands(pictures)]) for pictures in
-             (to_tensor(part.pictures) for part in drawn)]
-            for look in (lambda x: x, augment)
-        )
+        clean = [embed_images(clip, of) for of in pictures]
+        rough = [
+            torch.cat([embed_images(clip, augment(part)) for part in of.split(250)])
+            for of in pictures
+        ]
     tastes = [part.taste for part in drawn]
     head = AestheticHead(clean[0].shape[1]).to(DEVICE)
 
@@ -59,7 +60,8 @@ def train_aesthetic_head(
                 a, b = rng.integers(len(taste), size=(2, BATCH_SIZE // 4))
                 chosen = rate(taste[a], taste[b], rng)
                 winners, losers = np.where(chosen, a, b), np.where(chosen, b, a)
-                losses.append(bradley_terry_loss(head(of[winners]).float(), head(of[losers]).float()))
+                scores = head(of[winners]).float(), head(of[losers]).float()
+                losses.append(bradley_terry_loss(*scores))
         return torch.stack(losses).mean()
 
     fit(head, loss, n_steps, 1e-3, "the aesthetic head")
@@ -69,8 +71,4 @@ def train_aesthetic_head(
         factor = SCORE_SD / scores.std()
         last.weight *= factor
         last.bias.copy_((last.bias - scores.mean()) * factor + MEAN_SCORE)
-    save_file({k: v.cpu().contiguous() for k, v in head.state_dict().items()}, folder / "model.safetensors")
-
-
-def _thousands(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return x.split(1000)
+    save_file(head.cpu().state_dict(), folder / "model.safetensors")

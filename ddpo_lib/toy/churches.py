@@ -53,7 +53,8 @@ HILL, TOWN, PATH, WOOD, PANE, GLOW, STAR, CROSS = _palette(
 HORIZON, GROUND = 0.36, 0.58  # heights of the skyline and of the church's foot
 # Star (column, row) on the 32 x 32 raster, at pixel centres so that each star is one crisp point.
 STARS = np.array(
-    [(1, 2), (5, 0), (12, 8), (3, 9), (12, 1), (18, 4), (21, 0), (19, 9), (27, 2), (30, 6), (29, 11), (6, 12)]
+    [(1, 2), (5, 0), (12, 8), (3, 9), (12, 1), (18, 4),
+     (21, 0), (19, 9), (27, 2), (30, 6), (29, 11), (6, 12)]
 ) / 16 - 31 / 32  # fmt: skip
 TREE_SPOTS = ((-0.84, 0.66), (0.85, 0.7), (-0.55, 0.78))  # x and foot, in order of planting
 
@@ -68,7 +69,7 @@ class _Scene:
         self.canvas = np.zeros((n, 3, side, side), np.float32).transpose(0, 2, 3, 1)
 
     def lay(self, shape, left, right, top, bottom, colour, alpha=1.0) -> None:
-        """Paint the mask shape(x, y), which is empty outside the bounds, times alpha (scalar or (N,))."""
+        """Paint the mask shape(x, y), empty outside the bounds, times alpha (scalar or (N,))."""
         edge, side = 0.03, self.x.size
         span = np.array([np.min(left), np.max(right), np.min(top), np.max(bottom)])
         span += (-edge, edge, -edge, edge)
@@ -77,7 +78,15 @@ class _Scene:
         paint(self.canvas[:, r0 : r1 + 1, c0 : c1 + 1], col(alpha) * shape(x, y), colour)
 
     def box(self, left, right, top, bottom, colour, alpha=1.0) -> None:
-        self.lay(lambda x, y: box(x, y, left, right, top, bottom), left, right, top, bottom, colour, alpha)
+        self.lay(
+            lambda x, y: box(x, y, left, right, top, bottom),
+            left,
+            right,
+            top,
+            bottom,
+            colour,
+            alpha,
+        )
 
     def ellipse(self, cx, cy, rx, ry, colour, alpha=1.0, width=0.02) -> None:
         spread = 1 + width / 2 / np.minimum(rx, ry)  # the soft edge widens along the longer radius
@@ -90,7 +99,9 @@ class _Scene:
 
         def shape(x, y):
             reach = col(half_top) + col(slope) * (y - col(top))
-            return soft(np.maximum(np.abs(x - col(cx)) - reach, np.maximum(col(top) - y, y - col(bottom))))
+            return soft(
+                np.maximum(np.abs(x - col(cx)) - reach, np.maximum(col(top) - y, y - col(bottom)))
+            )
 
         reach = np.maximum(half_top, half_bottom)
         self.lay(shape, cx - reach, cx + reach, top, bottom, colour, alpha)
@@ -178,7 +189,11 @@ def _sky(scene: _Scene, f: Factors) -> None:
     cloud = mix(colours[:, 1] * 0.92, CLOUD[time], 0.25 + 0.75 * f["light"])
     for i, (x, y) in enumerate([(-0.5, -0.42), (0.45, -0.74)]):
         x = x * np.where(f["sky_x"] > 0, 1, -1) + 0.08 * f["shift"]
-        for dx, dy, rx, ry in [(-0.16, 0.02, 0.16, 0.07), (0.02, -0.04, 0.17, 0.11), (0.2, 0.03, 0.17, 0.06)]:
+        for dx, dy, rx, ry in [
+            (-0.16, 0.02, 0.16, 0.07),
+            (0.02, -0.04, 0.17, 0.11),
+            (0.2, 0.03, 0.17, 0.06),
+        ]:
             scene.ellipse(x + dx, y + dy, rx, ry, cloud, 0.92 * (f["clouds"] > i))
 
 
@@ -188,6 +203,7 @@ def _land(scene: _Scene, f: Factors, light: np.ndarray) -> None:
     hill = HILL * light * np.where(night, 0.55, 1)[:, None]  # by night a silhouette, without haze
     phase = 2 * np.pi * col(f["hill_phase"])
     for base, rise, pace, fade in [(-0.18, 0.13, 2.6, 0.4), (0.1, 0.1, 4.1, 0.08)]:
+
         def ridge(x, y, base=base, rise=rise, pace=pace):
             return soft(base + rise * np.sin(pace * x + phase) - y)
 
@@ -217,7 +233,10 @@ def _church(scene: _Scene, f: Factors, light: np.ndarray) -> None:
 
     wall = np.clip(WALL[f["material"]] * (1 + 0.05 * f["wall_tone"][:, None]), 0, 1) * light
     shade, pale = mix(wall, wall * 0.6, 0.5), mix(wall, light, 0.6)
-    roof, cap = ROOF[f["roof"]] * light, np.where(dome[:, None], DOME[f["roof"]], ROOF[f["roof"]]) * light
+    roof, cap = (
+        ROOF[f["roof"]] * light,
+        np.where(dome[:, None], DOME[f["roof"]], ROOF[f["roof"]]) * light,
+    )
     pane = np.where(f["lit"][:, None] == 1, GLOW, PANE * (0.4 + 0.6 * light))
 
     shadow = GRASS[0] * light * 0.55
@@ -230,7 +249,10 @@ def _church(scene: _Scene, f: Factors, light: np.ndarray) -> None:
     scene.taper(middle, ridge, ridge + 0.08, half - 0.12, half - 0.07, mix(roof, light, 0.25))
     scene.box(middle - half, middle + half, eaves, eaves + 0.05, shade * 0.9)
     scene.box(middle - half, middle + half, eaves + 0.03, eaves + 0.09, pale, ornament >= 1)
-    for grow, colour in ((0.028, mix(wall, wall * 0.6, 0.6)), (0.0, pane)):  # a frame, then its pane
+    for grow, colour in (
+        (0.028, mix(wall, wall * 0.6, 0.6)),
+        (0.0, pane),
+    ):  # a frame, then its pane
         _windows(scene, f, middle - side * tower_half / 2, half, tower_half, eaves, grow, colour)
 
     scene.box(tower - tower_half, tower + tower_half, tower_top, GROUND, wall)
@@ -243,8 +265,16 @@ def _church(scene: _Scene, f: Factors, light: np.ndarray) -> None:
     scene.taper(tower, tower_top - 0.44, tower_top, 0.0, tower_half + 0.05, cap, ~dome)
     scene.taper(tower, tower_top - 0.44, tower_top - 0.16, 0.0, 0.12, cap, dome)
     scene.ellipse(tower, tower_top - 0.12, tower_half + 0.05, 0.2, cap, dome)
-    scene.ellipse(tower - 0.1, tower_top - 0.17, 0.06, 0.1, mix(cap, light, 0.5), 0.8 * dome, width=0.06)
-    scene.box(tower - tower_half - 0.03, tower + tower_half + 0.03, tower_top - 0.01, tower_top + 0.05, pale)
+    scene.ellipse(
+        tower - 0.1, tower_top - 0.17, 0.06, 0.1, mix(cap, light, 0.5), 0.8 * dome, width=0.06
+    )
+    scene.box(
+        tower - tower_half - 0.03,
+        tower + tower_half + 0.03,
+        tower_top - 0.01,
+        tower_top + 0.05,
+        pale,
+    )
 
     _arch(scene, tower, tower_top + 0.17, tower_top + 0.3, 0.05, pane)
     scene.ellipse(tower, eaves + 0.04, 0.11, 0.11, pale, ornament == 2)
@@ -307,7 +337,7 @@ def _trees(scene: _Scene, f: Factors, light: np.ndarray) -> None:
 
 
 def captions(factors: Factors, rng: np.random.Generator) -> list[str]:
-    """One lower-case caption per picture, from 49 words; each attribute is named with probability 0.85."""
+    """One lower-case caption per picture, from 49 words; each attribute has probability 0.85."""
     rows = zip(*factors.values(), strict=True)
     return [_caption(dict(zip(factors, row, strict=True)), rng) for row in rows]
 
@@ -319,8 +349,14 @@ def _caption(f: dict, rng: np.random.Generator) -> str:
     def join(*phrases: str, by: str = " ") -> str:
         return by.join(filter(None, phrases))
 
-    colours, crown = (("gold", "blue", "green"), "dome") if f["dome"] else (("red", "grey", "green"), "tower")
-    hour = "at night" if f["time"] == NIGHT else "in daylight at " + ("dawn", "noon", "sunset")[f["time"]]
+    colours, crown = (
+        (("gold", "blue", "green"), "dome") if f["dome"] else (("red", "grey", "green"), "tower")
+    )
+    hour = (
+        "at night"
+        if f["time"] == NIGHT
+        else "in daylight at " + ("dawn", "noon", "sunset")[f["time"]]
+    )
     place = ("on the left", "in the centre", "on the right")[f["side"] + 1]
     return join(
         join(
@@ -332,8 +368,16 @@ def _caption(f: dict, rng: np.random.Generator) -> str:
         told("clear sky" if f["light"] > 0.6 else "grey sky" if f["light"] < 0.4 else ""),
         told("clouds" if f["clouds"] else "no clouds"),
         # Without its kind the phrase is just "trees", so that the plain word is learned as well.
-        told(join(told(("round", "cypress")[f["tree_kind"]], 0.5), "trees") if f["trees"] else "no trees"),
-        told(("plain walls, few windows", "few windows", "many windows", "many windows")[f["windows"] // 2]),
+        told(
+            join(told(("round", "cypress")[f["tree_kind"]], 0.5), "trees")
+            if f["trees"]
+            else "no trees"
+        ),
+        told(
+            ("plain walls, few windows", "few windows", "many windows", "many windows")[
+                f["windows"] // 2
+            ]
+        ),
         told("lit windows" if f["lit"] else ""),
         told("rose window" if f["ornament"] == 2 else ""),
         told(("flat horizon", "hills behind", "houses, flat horizon")[f["backdrop"]]),
@@ -346,7 +390,11 @@ ATTRIBUTES: dict[str, tuple[str, str, Callable[[Factors], np.ndarray]]] = {
     "night": ("a church at night", "a church in daylight", lambda f: f["time"] == NIGHT),
     "dome": ("a church with a dome", "a church with a tower", lambda f: f["dome"] == 1),
     "trees": ("a church, trees", "a church, no trees", lambda f: f["trees"] > 0),
-    "many_windows": ("a church, many windows", "a church, few windows", lambda f: f["windows"] >= 4),
+    "many_windows": (
+        "a church, many windows",
+        "a church, few windows",
+        lambda f: f["windows"] >= 4,
+    ),
     "hills": ("a church, hills behind", "a church, flat horizon", lambda f: f["backdrop"] == 1),
 }
 
@@ -363,7 +411,9 @@ def taste(factors: Factors) -> np.ndarray:
     f, time = factors, factors["time"]
     dull, clear = np.array([0.3, 0.35, 0.35, 0.0])[time], np.array([0.7, 1.0, 1.0, 0.3])[time]
     scores = {
-        "detail": f["windows"] / 6 + 0.2 * f["ornament"] + np.array([0.0, 0.35, 0.5])[f["material"]],
+        "detail": f["windows"] / 6
+        + 0.2 * f["ornament"]
+        + np.array([0.0, 0.35, 0.5])[f["material"]],
         "light": dull + (clear - dull) * f["light"],
         "trees": f["trees"] * f["tree_size"],
     }

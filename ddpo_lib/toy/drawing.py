@@ -43,7 +43,7 @@ def box(x, y, left, right, top, bottom, width: float = 0.02) -> np.ndarray:
 
 
 def triangle(x, y, cx, top, bottom, half_width, width: float = 0.02) -> np.ndarray:
-    """Mask of an upright isosceles triangle: apex (cx, top), base 2 * half_width wide at `bottom`."""
+    """Mask of an upright isosceles triangle: apex (cx, top), base 2 * half_width at `bottom`."""
     top, bottom = col(top), col(bottom)
     reach = col(half_width) * (y - top) / np.maximum(bottom - top, 1e-3)
     return soft(np.maximum(np.abs(x - col(cx)) - reach, np.maximum(top - y, y - bottom)), width)
@@ -64,7 +64,7 @@ def mix(a, b, weight) -> np.ndarray:
 
 
 def shrink(canvas: np.ndarray) -> np.ndarray:
-    """Average a supersampled canvas (N, S, S, 3) in [0, 1] down to uint8 pictures (N, size, size, 3)."""
+    """Average a supersampled canvas (N, S, S, 3) in [0, 1] down to uint8 (N, size, size, 3)."""
     n, side = canvas.shape[:2]
     size = side // SUPERSAMPLE
     small = canvas.reshape(n, size, SUPERSAMPLE, size, SUPERSAMPLE, 3).mean(axis=(2, 4))

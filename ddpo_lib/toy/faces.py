@@ -46,7 +46,8 @@ AGE_SHARES = np.array([0, 0.11, 0.26, 0.58, 0.83, 0.935, 0.97, 0.99, 1])
 
 # Palettes, RGB of 255. Skin: three light and three dark tones, with a clear step between them.
 SKIN = np.array(
-    [(248, 214, 186), (238, 195, 160), (220, 170, 130), (160, 110, 78), (135, 89, 62), (112, 72, 51)]
+    [(248, 214, 186), (238, 195, 160), (220, 170, 130),
+     (160, 110, 78), (135, 89, 62), (112, 72, 51)]
 )  # fmt: skip
 HAIR_NAMES = np.array(["black", "brown", "brown", "red", "blond", "blond"])
 HAIR = np.array(

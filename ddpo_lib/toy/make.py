@@ -21,7 +21,7 @@ from ddpo_lib.toy import aesthetic, policies, quality, regressor
 from ddpo_lib.toy import encoders as toy_encoders
 from ddpo_lib.toy.training import draw
 
-POLICY_STEPS = 6000
+POLICY_STEPS = 4000
 N_POLICY, N_ENCODER, N_SAMPLES = 30_000, 20_000, 2000
 MINUTES = 55
 """Measured on two cores; a GPU needs a fraction."""
@@ -37,7 +37,10 @@ def build_policy(domain: str, folder: Path) -> None:
 
 def build_clip(folder: Path) -> None:
     # Half of the faces have uniform age classes, for natural ones show too few old people.
-    drawn = [draw("faces", N_ENCODER, seed=2, age_balanced=0.5), draw("churches", N_ENCODER, seed=2)]
+    drawn = [
+        draw("faces", N_ENCODER, seed=2, age_balanced=0.5),
+        draw("churches", N_ENCODER, seed=2),
+    ]
     toy_encoders.train_clip(drawn, folder, seed=2)
 
 
@@ -47,7 +50,10 @@ def build_age(folder: Path) -> None:
 
 
 def build_regressor(folder: Path) -> None:
-    drawn = [draw("faces", N_ENCODER, seed=4, age_balanced=0.3), draw("churches", N_ENCODER, seed=4)]
+    drawn = [
+        draw("faces", N_ENCODER, seed=4, age_balanced=0.3),
+        draw("churches", N_ENCODER, seed=4),
+    ]
     regressor.train_regressor(drawn, folder, seed=4)
 
 
@@ -100,7 +106,9 @@ def sample(domain: str) -> np.ndarray:
     """Pictures from a policy with 40 DDIM steps and eta = 0: uint8 (N_SAMPLES, 32, 32, 3)."""
     pol = policy.load(paths.TOY / domain)
     x_T = sampler.noise(pol, N_SAMPLES, 6)
-    x_0 = sampler.sample(pol, x_T, n_steps=40, eta=0.0, batch_size=250)
+    x_0 = sampler.sample(
+        pol, x_T, n_steps=40, eta=0.0, batch_size=250, progress=f"sampling {domain}"
+    )
     pixels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

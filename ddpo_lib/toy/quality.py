@@ -68,8 +68,10 @@ def measure(
         domain: zero_shot_accuracy(clip, drawn, embeddings[domain])
         for domain, drawn in held_out.items()
     }
-    named = {n: a for domain, names in MEASURED_ATTRIBUTES.items() for n, a in accuracies[domain].items() if n in names}
-    others = {n: a for domain in accuracies.values() for n, a in domain.items() if n not in named}
+    named, others = {}, {}
+    for domain, measured in accuracies.items():
+        for name, accuracy in measured.items():
+            (named if name in MEASURED_ATTRIBUTES[domain] else others)[name] = accuracy
     result["clip"] = {"balanced_accuracy": named, "balanced_accuracy_of_others": others}
     result["age"] = age_quality(age, balanced)
     agreements = {
@@ -146,17 +148,16 @@ def pair_agreement(head: AestheticHead, embeddings: torch.Tensor, taste: np.ndar
     """Share of held-out pairs that the head orders as the rater's true taste does."""
     with torch.no_grad():
         scores = head(embeddings).cpu().numpy()
-    half = len(scores) // 2
-    return float(
-        ((scores[:half] > scores[half : 2 * half]) == (taste[:half] > taste[half : 2 * half])).mean()
-    )
+    (score_a, score_b), (taste_a, taste_b) = np.split(scores, 2), np.split(taste, 2)
+    return float(((score_a > score_b) == (taste_a > taste_b)).mean())
 
 
 def regressor_correlations(regressor: Regressor, drawn: Drawn) -> dict[str, float]:
     """Correlation of each estimate with the truth."""
     estimates = estimate(regressor, to_tensor(drawn.pictures), drawn.domain)
+    truths = TARGETS[drawn.domain]
     return {
-        name: np.corrcoef(values.cpu(), TARGETS[drawn.domain][name](drawn.factors).astype(float))[0, 1]
+        name: np.corrcoef(values.cpu(), truths[name](drawn.factors).astype(float))[0, 1]
         for name, values in estimates.items()
     }
 

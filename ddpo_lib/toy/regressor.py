@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -124,13 +125,11 @@ def train_regressor(
     rng = np.random.default_rng(seed)
     outputs = {part.domain: list(TARGETS[part.domain]) for part in drawn}
     scale = {domain: _natural_scale(domain, rng) for domain in outputs}
-    targets = [
-        torch.from_numpy(
-            (_true_values(part.domain, part.factors) - np.array(scale[part.domain])[:, 0])
-            / np.array(scale[part.domain])[:, 1]
-        ).float().to(DEVICE)
-        for part in drawn
-    ]  # fmt: skip
+    targets = []
+    for part in drawn:
+        mean, sd = np.array(scale[part.domain]).T
+        standardised = (_true_values(part.domain, part.factors) - mean) / sd
+        targets.append(torch.from_numpy(standardised).float().to(DEVICE))
     model = _network(sum(map(len, outputs.values()))).to(DEVICE)
     widths = [target.shape[1] for target in targets]
 
@@ -142,12 +141,12 @@ def train_regressor(
             for i, rows in enumerate(estimates.chunk(len(drawn)))
         ]
         return sum(
-            torch.nn.functional.mse_loss(mine, target[places])
+            F.mse_loss(mine, target[places])
             for mine, target, (_, places) in zip(own, targets, batches, strict=True)
         ) / len(drawn)
 
     fit(model, loss, n_steps, 2e-3, "the regressor")
-    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(model.cpu().state_dict(), folder / "model.safetensors")
     config = {"outputs": outputs, "scale": scale}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -90,7 +90,11 @@ def pick(drawn: Drawn, n: int, rng: np.random.Generator) -> tuple[torch.Tensor, 
 
 
 def fit(
-    model: nn.Module, loss: Callable[[], torch.Tensor], n_steps: int, learning_rate: float, what: str
+    model: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    n_steps: int,
+    learning_rate: float,
+    what: str,
 ) -> None:
     """Minimise `loss()`, which draws its own batch, over the model's parameters with AdamW.
 

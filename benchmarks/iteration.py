@@ -1,0 +1,187 @@
+"""Time one DDPO iteration of this library against a straightforward loop, side by side.
+
+    python benchmarks/iteration.py [--repeats 3] [--threads 2] [--small]
+
+Both take the same policy, sample 100 trajectories of 20 steps, score them by JPEG size and make 10
+optimizer steps of 10 trajectories each. The straightforward loop is what one writes first, and what
+public code does: float32, diffusers' scheduler, one forward and one backward per timestep, batches
+of 10. The two take turns, and medians are compared. `cosine` is between the two loops' gradients at
+the same weights on the same trajectories, both in float32; `cosine_bf16` is between the
+straightforward float32 gradient and the one that the timed, bf16 iteration takes.
+
+Prints one JSON object; progress goes to stderr.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ddpo_lib import finetune, paths, policy, ppo, rewards, sampler
+from ddpo_lib.config import Finetune, Models, Run
+from ddpo_lib.toy.policies import new_unet
+
+BATCH = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each, after one warm-up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="a fifth of the work, for the tests")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    size = {"n_samples": 20, "n_steps": 5} if arguments.small else {"n_samples": 100, "n_steps": 20}
+    settings = Finetune(**size, n_iterations=1, minibatch_size=BATCH, learning_rate=3e-5)
+    pretrained, name = load_policy()
+
+    loops = {"straightforward": straightforward_iteration, "ours": our_iteration}
+    seconds = {loop: [] for loop in loops}
+    for turn in range(arguments.repeats + 1):
+        for loop, iteration in loops.items():
+            learner = copy.deepcopy(pretrained)
+            start = time.perf_counter()
+            iteration(learner, settings)
+            elapsed = time.perf_counter() - start
+            print(f"turn {turn}: {loop} {elapsed:.2f} s", file=sys.stderr)
+            if turn > 0 or arguments.small:
+                seconds[loop].append(elapsed)
+    medians = {loop: statistics.median(times) for loop, times in seconds.items()}
+    result = {
+        "straightforward_s": round(medians["straightforward"], 3),
+        "ours_s": round(medians["ours"], 3),
+        "speedup": round(medians["straightforward"] / medians["ours"], 3),
+        "cosine": cosine(pretrained, settings, bf16=False),
+        "cosine_bf16": cosine(pretrained, settings, bf16=True),
+        "device": str(pretrained.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "policy": name,
+        "repeats": arguments.repeats,
+        **size,
+    }
+    print(json.dumps(result))
+
+
+def load_policy() -> tuple[policy.Policy, str]:
+    """The toy faces, or their architecture with random weights if they are not there."""
+    folder = paths.TOY / "faces"
+    if folder.is_dir():
+        return policy.load(folder), "toy/faces"
+    torch.manual_seed(0)
+    return policy.Policy(new_unet().eval(), DDPMScheduler(1000)), "random weights"
+
+
+def new_optimizer(unet, settings: Finetune) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        unet.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+
+
+def our_iteration(learner: policy.Policy, settings: Finetune) -> None:
+    run = Run(
+        "toy", "faces", "toy/faces", "benchmark", "jpeg_compressibility", 0,
+        Models("", "", ""), settings,
+    )  # fmt: skip
+    optimizer = new_optimizer(learner.unet, settings)
+    finetune.iterate(learner, optimizer, rewards.jpeg_compressibility, run, iteration=0)
+
+
+# ------------------------------------------------------------------ the straightforward loop
+
+
+def straightforward_iteration(learner: policy.Policy, settings: Finetune) -> None:
+    unet, scheduler = learner.unet, ddim(learner, settings)
+    optimizer = new_optimizer(unet, settings)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        sample_batch(unet, scheduler, generator) for _ in range(settings.n_samples // BATCH)
+    ]
+    scores = [rewards.jpeg_compressibility(states[-1]) for states, _ in batches]
+    everything = torch.cat(scores)
+    for (states, log_probs), score in zip(batches, scores, strict=True):
+        advantage = (score - everything.mean()) / (everything.std() + 1e-8)
+        advantage = advantage.clamp(-settings.advantage_clip, settings.advantage_clip)
+        accumulate_gradient(unet, scheduler, states, log_probs, advantage, settings, optimizer)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
+        optimizer.step()
+
+
+def ddim(learner: policy.Policy, settings: Finetune) -> DDIMScheduler:
+    scheduler = DDIMScheduler.from_config(learner.scheduler.config)
+    scheduler.set_timesteps(settings.n_steps)
+    return scheduler
+
+
+@torch.no_grad()
+def sample_batch(unet, scheduler, generator):
+    """BATCH trajectories: their states and their log-probabilities, one entry a timestep."""
+    size = unet.config.sample_size
+    states = [torch.randn(BATCH, 3, size, size, generator=generator)]
+    log_probs = []
+    for t in scheduler.timesteps:
+        eps = unet(states[-1], t).sample
+        mean, std = mean_and_std(scheduler, eps, t, states[-1])
+        states.append(mean + std * torch.randn(mean.shape, generator=generator))
+        log_probs.append(gaussian_log_prob(states[-1], mean, std))
+    return states, log_probs
+
+
+def accumulate_gradient(unet, scheduler, states, old, advantage, settings, optimizer) -> None:
+    """One forward and one backward per timestep; the last step is deterministic and no action."""
+    optimizer.zero_grad()
+    for k, t in enumerate(scheduler.timesteps[:-1]):
+        eps = unet(states[k], t).sample
+        mean, std = mean_and_std(scheduler, eps, t, states[k])
+        ratio = (gaussian_log_prob(states[k + 1], mean, std) - old[k]).exp()
+        clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
+        loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
+        loss.backward()
+
+
+def mean_and_std(scheduler, eps, t, x_t):
+    """Of p(x_{t-1} | x_t) at eta = 1, from diffusers' own step."""
+    nothing = torch.zeros_like(x_t)
+    mean = scheduler.step(eps, t, x_t, eta=1.0, variance_noise=nothing).prev_sample
+    previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    return mean, scheduler._get_variance(t, previous).sqrt()
+
+
+def gaussian_log_prob(x, mean, std):
+    """Averaged over the pixels; 0 for the deterministic step."""
+    if std == 0:
+        return torch.zeros(len(x))
+    return torch.distributions.Normal(mean, std).log_prob(x).mean((1, 2, 3))
+
+
+# ------------------------------------------------------------------ the same gradient?
+
+
+def cosine(pretrained: policy.Policy, settings: Finetune, bf16: bool) -> float:
+    """Between the two gradients of one mini-batch, at the same weights and trajectories."""
+    learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, bf16)
+    x_T, generator = sampler.noise(learner, BATCH, 1), torch.Generator().manual_seed(1)
+    trajectory = sampler.rollout(learner, x_T, settings.n_steps, generator)
+    advantage = ppo.advantages(rewards.jpeg_compressibility(trajectory.x_0), 4.5)
+    optimizer = new_optimizer(learner.unet, settings)
+
+    def gradient():
+        return torch.cat([p.grad.double().reshape(-1) for p in learner.unet.parameters()])
+
+    accumulate_gradient(
+        learner.unet, ddim(learner, settings), trajectory.states, trajectory.log_probs, advantage,
+        settings, optimizer,
+    )  # fmt: skip
+    theirs = gradient()
+    ppo.update(learner, optimizer, trajectory, advantage, settings, rate=0.0)
+    ours = gradient()
+    return torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The notebooks: how they are built, and that they run from anywhere and draw what they declare."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from ddpo_lib import config, evaluation, paths
+from ddpo_lib.config import Finetune
+
+FIGURES = {
+    "50_finetune": [],
+    "51_learning_curves": ["fig_5_3_learning_curves", "fig_5_7_lr_schedule"],
+    "52_results_table": [],
+    "53_samples": ["fig_5_1_samples_faces", "fig_5_12_samples_churches"],
+}
+NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
+
+needs_toy_world = pytest.mark.skipif(
+    not (paths.TOY / "quality.json").exists(), reason="data/toy is not there: make toy"
+)
+
+
+def read(name):
+    return nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def parameters(name) -> dict:
+    """The parameters cell's names and literals."""
+    [cell] = [c for c in read(name).cells if "parameters" in c.metadata.get("tags", [])]
+    assert cell.source.startswith("# Parameters\n")
+    statements = ast.parse(cell.source).body
+    assert all(isinstance(statement, ast.Assign) for statement in statements)
+    return {s.targets[0].id: ast.literal_eval(s.value) for s in statements}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_parameters_cell_has_literals_and_profile_first(name):
+    values = parameters(name)
+    assert next(iter(values.items())) == ("profile", "toy")
+    assert {type(value) for value in values.values()} <= {str, int, float, bool, type(None)}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_built_like_every_other(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    number = name.split("_")[0]
+    assert notebook.cells[0].source.startswith(f"# {number} · ")
+    colab, given, begin, *_, last = [c.source for c in notebook.cells if c.cell_type == "code"]
+    assert "google.colab" in colab
+    assert given.startswith("# Parameters")
+    assert f'notebook.begin("{name}")' in begin
+    assert re.search(r"^ *assert ", last, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_outputs_are_fit_to_read(name):
+    """No failures, dead progress bars or paths of the machine that made them; small."""
+    notebook = read(name)
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert "application/vnd.jupyter.widget-view+json" not in str(outputs)
+    assert not {"widgets", "papermill"} & set(notebook.metadata)
+    assert "injected-parameters" not in str([c.metadata for c in notebook.cells])
+    text = "\n".join(
+        str(o.get("text", "")) + "".join(v for k, v in o.get("data", {}).items() if "text" in k)
+        for o in outputs
+    )
+    assert not re.search(r"/(home|root|Users|tmp|work|content|mnt)/", text)
+    assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 1.5e6
+
+
+def test_finetune_notebook_takes_every_setting():
+    own = {"profile", "policy", "task", "reward", "seed"}
+    values = parameters("50_finetune")
+    assert set(values) == own | {field.name for field in dataclasses.fields(Finetune)}
+    assert all(values[field.name] is None for field in dataclasses.fields(Finetune))
+
+
+def test_published_numbers():
+    table = pd.read_csv(paths.THESIS / "table_5_1.csv")
+    effects = (table.ddpo_mean - table.baseline_mean).abs() / (table.baseline_se * table.n**0.5)
+    assert effects.round(2).tolist() == [1.49, 2.37, 0.91, 2.81, 1.14, 2.07, 2.25]
+    hyperparameters = pd.read_csv(paths.THESIS / "table_a_2.csv", index_col="setting")
+    for field in dataclasses.fields(Finetune):
+        if field.name in hyperparameters.index and field.name != "peak_learning_rate":
+            published = hyperparameters.compressibility[field.name]
+            assert pd.isna(published) or field.type(published) == field.default, field.name
+
+
+def test_smoke_profile_has_the_runs_of_the_toy_profile():
+    smoke, toy = config.load("smoke"), config.load("toy")
+    assert smoke.policies == toy.policies and smoke.models == toy.models
+    assert {run.name for run in toy.batch()} == {run.name for run in smoke.batch()}
+    assert {run.name: run.reward for run in toy.batch()} == {
+        run.name: run.reward for run in smoke.batch()
+    }
+
+
+# Running them -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A project folder whose runs and figures are the tests' own, for DDPO_ROOT."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "data").mkdir()
+    for name in ("config", "notebooks", "data/toy", "data/thesis"):
+        (root / name).symlink_to(paths.ROOT / name)
+    return root
+
+
+def call(root, where, *arguments):
+    """Run a Python module as a user would, with the tests' project folder."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=where,
+        env=os.environ | {"DDPO_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def papermill(root, where, name, *arguments):
+    notebook = paths.NOTEBOOKS / f"{name}.ipynb"
+    arguments = ("--no-progress-bar", *arguments)
+    return call(root, where, "papermill", notebook, where / f"{name}.ipynb", *arguments)
+
+
+@pytest.fixture(scope="module")
+def executed(root, tmp_path_factory):
+    """Every notebook, run by papermill on the smoke profile from a folder outside the project.
+
+    The first one that needs a finetuning makes it.
+    """
+    where = tmp_path_factory.mktemp("elsewhere")
+    for name in FIGURES:
+        done = papermill(root, where, name, "-p", "profile", "smoke")
+        assert done.returncode == 0, f"{name}:\n{done.stderr[-3000:]}"
+    return where
+
+
+@needs_toy_world
+def test_every_notebook_runs_from_another_folder(executed, root):
+    assert sorted(FIGURES) == NOTEBOOKS
+    for name in FIGURES:
+        notebook = nbformat.read(executed / f"{name}.ipynb", as_version=4)
+        outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+        assert not [o for o in outputs if o.get("name") == "stderr"]
+        assert "widget-view" not in str(outputs)
+        assert str(root) not in str(outputs)
+
+
+@needs_toy_world
+def test_declared_figures_are_there_and_not_blank(executed, root):
+    manifest = {e["name"]: e for e in json.loads((root / "figures" / "manifest.json").read_text())}
+    assert sorted(manifest) == sorted(["table_5_1", *sum(FIGURES.values(), [])])
+    for notebook, names in FIGURES.items():
+        for name in names:
+            png = root / "figures" / "smoke" / f"{name}.png"
+            assert np.asarray(Image.open(png).convert("L")).std() > 5, name
+            assert png.with_suffix(".pdf").stat().st_size > 5000
+            entry = manifest[name]
+            assert entry["notebook"] == notebook and entry["profile"] == "smoke"
+            assert entry["sha256"][png.name] == hashlib.sha256(png.read_bytes()).hexdigest()
+            assert set(entry["source_runs"]) <= {run.name for run in config.load("smoke").batch()}
+
+
+@needs_toy_world
+def test_table_5_1_has_its_seven_rows(executed, root):
+    table = pd.read_csv(root / "figures" / "smoke" / "table_5_1.csv")
+    assert table.columns.tolist() == evaluation.COLUMNS
+    assert table.groupby("policy").size().to_dict() == {"faces": 4, "churches": 3}
+    assert (table.n == 20).all()
+
+
+@needs_toy_world
+def test_finished_finetuning_is_marked_complete(executed, root):
+    home = root / "data" / "runs" / "smoke" / "faces-compressibility-s0"
+    assert json.loads((home / "evaluation.json").read_text())["n"] == 20
+
+
+@needs_toy_world
+def test_notebooks_pass_nbval(executed, root, tmp_path):
+    """Top to bottom in a fresh kernel, as in JupyterLab after editing the profile by hand."""
+
+    def nbval(name):
+        text = (paths.NOTEBOOKS / f"{name}.ipynb").read_text()
+        copy = tmp_path / f"{name}.ipynb"
+        copy.write_text(text.replace('profile = \\"toy\\"', 'profile = \\"smoke\\"'))
+        assert copy.read_text() != text
+        return call(root, tmp_path, "pytest", "--nbval-lax", "-p", "no:cacheprovider", copy)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(nbval, FIGURES):
+            assert done.returncode == 0, done.stdout[:3000]
+
+
+@needs_toy_world
+def test_own_reward_by_name(executed, root, tmp_path):
+    """A reader's reward, imported from the folder that papermill runs in."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def blueness(images):\n    return images[:, 2].mean((1, 2))\n"
+    )
+    own = ["-p", "task", "blue", "-p", "reward", "my_rewards:blueness", "-p", "n_iterations", "1"]
+    done = papermill(root, tmp_path, "50_finetune", "-p", "profile", "smoke", *own)
+    assert done.returncode == 0, done.stderr[-3000:]
+    settings = json.loads((root / "data/runs/smoke/faces-blue-s0/settings.json").read_text())
+    assert settings["reward"] == "my_rewards:blueness"
+    assert settings["settings"]["n_iterations"] == 1
+
+
+def test_misspelled_parameter_stops_before_anything_runs(root, tmp_path):
+    before = sorted(root.rglob("*"))
+    done = papermill(root, tmp_path, "53_samples", "-p", "profil", "smoke", "-p", "n_columns", "5")
+    assert done.returncode != 0
+    assert "unknown parameter ['profil']" in done.stderr
+    assert "'n_columns'" in done.stderr  # says what the notebook takes
+    assert sorted(root.rglob("*")) == before
