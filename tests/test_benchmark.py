@@ -12,7 +12,7 @@ from ddpo_lib import paths
 
 def test_benchmark_prints_one_json_object_and_the_gradients_agree(tmp_path):
     done = subprocess.run(
-        [sys.executable, paths.ROOT / "benchmarks/iteration.py", "--small", "--repeats", "1"],
+        [sys.executable, paths.ROOT / "benchmarks/iteration.py", "--small", "--threads", "1"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(paths.ROOT)},
         capture_output=True,

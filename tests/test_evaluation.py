@@ -17,7 +17,7 @@ SMALL = Evaluation(n=5, n_steps=4, seed=7)
 
 @pytest.fixture
 def profile(new_run):
-    return Profile("test", {"tiny": new_run().source}, Models("", "", ""), SMALL, {}, {})
+    return Profile("test", {"tiny": new_run().source}, new_run().models, SMALL, {}, {})
 
 
 def test_standard_error():
@@ -148,6 +148,6 @@ def test_share_over_50(monkeypatch):
     monkeypatch.setattr(encoders, "load_age_classifier", lambda source, device=None: "classifier")
     monkeypatch.setattr(encoders, "age_logits", lambda classifier, images: logits)
     images = np.zeros((8, 4, 4, 3), np.uint8)
-    share, error = evaluation.share_over_50(images, Models("", "", ""))
+    share, error = evaluation.share_over_50(images, Models("no/clip", "no/aesthetic", "no/age"))
     assert share == 3 / 8
     assert error == pytest.approx(math.sqrt(3 / 8 * 5 / 8 * 8 / 7) / math.sqrt(8))

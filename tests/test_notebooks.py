@@ -125,10 +125,12 @@ def root(tmp_path_factory):
 
 def call(root, where, *arguments):
     """Run a Python module as a user would, with the tests' project folder."""
+    env = os.environ | {"DDPO_ROOT": str(root), "OMP_NUM_THREADS": "1"}
+    env.pop("MPLBACKEND", None)  # the kernel's own, which shows figures in the notebook
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=where,
-        env=os.environ | {"DDPO_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+        env=env,
         capture_output=True,
         text=True,
         timeout=300,
@@ -161,6 +163,7 @@ def test_every_notebook_runs_from_another_folder(executed, root):
         notebook = nbformat.read(executed / f"{name}.ipynb", as_version=4)
         outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
         assert not [o for o in outputs if o.get("name") == "stderr"]
+        assert [o for o in outputs if "image/png" in o.get("data", {})]
         assert "widget-view" not in str(outputs)
         assert str(root) not in str(outputs)
 

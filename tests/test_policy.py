@@ -106,6 +106,7 @@ def test_bf16_runs_the_network_only(new_policy):
     x_t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     t = torch.tensor([975, 500])
     half, full = (transition(new_policy(bf16=on), x_t, t, t - 25) for on in (True, False))
+    assert predict_noise(new_policy(bf16=True), x_t, t).dtype == torch.float32
     assert half.mean.dtype == half.std.dtype == half.denoised.dtype == torch.float32
     assert not half.mean.equal(full.mean)
     assert_close(half.mean, full.mean, rtol=0.02, atol=0.02)
@@ -183,3 +184,11 @@ def test_other_kind_of_model_is_one_clear_error(policy, tmp_path, config):
     policies.save(Policy(policy.unet, DDPMScheduler(1000, **config)), tmp_path / "p")
     with pytest.raises(ValueError, match="only models that predict the noise"):
         policies.load(tmp_path / "p")
+
+
+def test_a_long_leap_to_the_end_of_the_chain_is_finite(policy):
+    """At eta = 1 nothing is left for the direction term there, and rounding makes it less."""
+    t, t_prev = torch.arange(800, 1000).repeat(3), torch.arange(3).repeat_interleave(200)
+    x_t = torch.zeros(len(t), 3, 2, 2)
+    fixed = Policy(FixedNoise(torch.ones_like(x_t)), policy.scheduler, bf16=False)
+    assert transition(fixed, x_t, t, t_prev).mean.isfinite().all()

@@ -8,7 +8,7 @@ from PIL import Image
 from ddpo_lib import encoders, rewards
 from ddpo_lib.config import Models
 
-MODELS = Models("", "", "")
+MODELS = Models("no/clip", "no/aesthetic", "no/age")
 
 
 def pictures(n=4, channels=3, size=16):

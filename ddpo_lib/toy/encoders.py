@@ -26,7 +26,8 @@ from ddpo_lib.toy.training import DEVICE, DOMAINS, Drawn, fit, pick
 CLIP_STEPS, AGE_STEPS = 900, 600
 BATCH_SIZE = 128
 CONTEXT_LENGTH = 32
-RARE = 40  # phrases that fewer captions contain are left out
+N_CAPTIONS = 8
+RARE = 100  # phrases that are said of fewer pictures are left out
 
 # A small CLIP-ResNet: with so few pictures convolutions learn glasses and smiles, which take a
 # vision transformer several times as long. It halves its input five times, hence the 64 pixels.
@@ -51,9 +52,18 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    captions = [DOMAINS[part.domain].captions(part.factors, rng) for part in drawn]
+    # Several captions of each picture, because each leaves some of the truth unsaid: (domain, N).
+    captions = [
+        list(
+            zip(
+                *(DOMAINS[part.domain].captions(part.factors, rng) for _ in range(N_CAPTIONS)),
+                strict=True,
+            )
+        )
+        for part in drawn
+    ]
     phrases, says = _phrases(captions)
-    tokenizer = _word_tokenizer([text for texts in captions for text in texts])
+    tokenizer = _word_tokenizer([text for own in captions for texts in own for text in texts])
     tokenizer.save_pretrained(folder)
     text_cfg = TEXT | {"vocab_size": len(tokenizer), "hf_tokenizer_name": "word-level"}
     model_cfg = {"embed_dim": EMBED_DIM, "vision_cfg": VISION, "text_cfg": text_cfg}
@@ -71,7 +81,11 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
         batches = [pick(part, BATCH_SIZE // len(drawn), rng) for part in drawn]
         image = embed_images(clip, torch.cat([pictures for pictures, _ in batches])).float()
         places = [places for _, places in batches]
-        whole = [texts[i] for texts, own in zip(captions, places, strict=True) for i in own]
+        whole = [
+            of[i][rng.integers(N_CAPTIONS)]
+            for of, own in zip(captions, places, strict=True)
+            for i in own
+        ]
         said = np.concatenate([rows[own] for rows, own in zip(says, places, strict=True)])
         said = torch.from_numpy(said).float().to(DEVICE)
 
@@ -83,9 +97,12 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
         sigmoid = F.binary_cross_entropy_with_logits(
             yes_or_no + model.logit_bias, said, reduction="sum"
         )
-        return softmax + sigmoid / said.sum()
+        return softmax + 0.1 * sigmoid / len(image)
 
-    fit(model, loss, n_steps, 2e-3, "CLIP")
+    for phase, learn_text in (("CLIP, text locked", False), ("CLIP", True)):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learn_text or name.startswith(("visual.", "logit_")))
+        fit(model, loss, n_steps // 2, 2e-3, phase)
     preprocess_cfg = {
         "mean": HALVES,
         "std": HALVES,
@@ -99,9 +116,11 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-def _phrases(captions: list[list[str]]) -> tuple[list[str], list[np.ndarray]]:
-    """The phrases that captions are made of, and who says which: bool (N, phrases) per domain."""
-    parts = [[set(PHRASE_END.split(text)) for text in texts] for texts in captions]
+def _phrases(captions: list[list[tuple[str]]]) -> tuple[list[str], list[np.ndarray]]:
+    """The phrases that captions are made of, and whose say which: bool (N, phrases) per domain."""
+    parts = [
+        [set(PHRASE_END.split(", ".join(texts))) for texts in pictures] for pictures in captions
+    ]
     counts = Counter(phrase for texts in parts for own in texts for phrase in own)
     phrases = [phrase for phrase, count in sorted(counts.items()) if count >= RARE]
     says = [np.array([[p in own for p in phrases] for own in texts]) for texts in parts]
@@ -109,11 +128,7 @@ def _phrases(captions: list[list[str]]) -> tuple[list[str], list[np.ndarray]]:
 
 
 def _spread_texts(model: open_clip.CLIP, end: int) -> None:
-    """Begin with texts far apart, as bags of words.
-
-    At open_clip's own beginning all texts are nearly alike, and so are all pictures; the gradient,
-    a product of two small differences, takes long to leave that plateau.
-    """
+    """Begin with texts far apart, as bags of words."""
     width = model.transformer.width
     torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
     torch.nn.init.zeros_(model.token_embedding.weight[end])
