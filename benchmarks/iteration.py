@@ -95,9 +95,7 @@ def straightforward_iteration(learner: policy.Policy, settings: Finetune) -> Non
     unet, scheduler = learner.unet, ddim(learner, settings)
     optimizer = new_optimizer(unet, settings)
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        sample_batch(unet, scheduler, generator) for _ in range(settings.n_samples // BATCH)
-    ]
+    batches = [sample_batch(unet, scheduler, generator) for _ in range(settings.n_samples // BATCH)]
     scores = [rewards.jpeg_compressibility(states[-1]) for states, _ in batches]
     everything = torch.cat(scores)
     for (states, log_probs), score in zip(batches, scores, strict=True):

@@ -19,7 +19,7 @@ from papermill import inspect_notebook
 from ddpo_lib import config, paths
 from ddpo_lib.config import Profile, Run
 
-SECONDS_PER_NETWORK_CALL = 0.004
+SECONDS_PER_NETWORK_CALL = 0.002
 """One picture once through a toy UNet, on one core while the other core does the same; measured on
 two cores of a cloud machine, in bf16."""
 SECONDS_PER_NOTEBOOK = 20

@@ -49,10 +49,11 @@ def test_profiles_of_the_project_load(name):
 
 def test_toy_batch_has_the_seven_finetunings():
     batch = [(run.policy, run.task) for run in config.load("toy").batch()]
+    low_rates_of_figure_5_7 = [("faces", "aesthetic-low-lr"), ("faces", "aesthetic-lower-lr")]
     jpeg_and_taste = ["aesthetic", "compressibility", "incompressibility"]
     expected = [("faces", task) for task in [*jpeg_and_taste, "over50"]]
     expected += [("churches", task) for task in jpeg_and_taste]
-    assert batch == expected
+    assert batch == expected + low_rates_of_figure_5_7
 
 
 def test_defaults_are_the_hyperparameters_of_table_a_2():

@@ -90,6 +90,8 @@ def test_same_figure_is_the_same_file_and_a_changed_one_replaces_its_entry(folde
     (first,) = manifest()
     figures.save(drawing(), "fig_5_3_learning_curves", PAGE)
     assert manifest() == [first]
+    assert b"CreationDate" not in (folder / "toy/fig_5_3_learning_curves.pdf").read_bytes()
+    assert "Software" not in Image.open(folder / "toy/fig_5_3_learning_curves.png").info
     figures.save(drawing(height=-1.0), "fig_5_3_learning_curves", PAGE)
     (changed,) = manifest()
     for file, digest in first["sha256"].items():

@@ -150,6 +150,28 @@ def test_update_gets_advantages_of_its_own_samples(new_run, monkeypatch, scope):
         torch.testing.assert_close(advantage, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_settings_reach_the_rollout_the_optimizer_and_the_advantages(new_run, monkeypatch):
+    seen = []
+    update = finetune.ppo.update
+
+    def spy(learner, optimizer, trajectory, advantage, *rest):
+        seen.append((optimizer.param_groups[0], trajectory, advantage))
+        return update(learner, optimizer, trajectory, advantage, *rest)
+
+    monkeypatch.setattr(finetune.ppo, "update", spy)
+    changes = {"eta": 0.5, "log_prob_reduction": "sum", "weight_decay": 0.03, "n_steps": 4}
+    finetune.finetune(new_run(n_iterations=1, advantage_clip=0.5, **changes))
+
+    for group, trajectory, advantage in seen:
+        assert group["weight_decay"] == 0.03
+        assert group["betas"] == (0.9, 0.999)
+        assert group["eps"] == 1e-8
+        assert trajectory.eta == 0.5
+        assert trajectory.reduction == "sum"
+        assert trajectory.timesteps.tolist() == [750, 500, 250, 0]
+        assert advantage.abs().max() == 0.5
+
+
 def test_samples_come_in_another_order_every_epoch(new_run, monkeypatch):
     orders = []
     select = finetune.ppo.select
@@ -319,8 +341,8 @@ def test_unknown_reward_stops_before_anything_runs(new_run):
 @pytest.mark.parametrize(
     "file, kind, message",
     [
-        ("optimizer.safetensors", ValueError, r"checkpoint .*last is damaged .* Delete that folder"),
-        ("state.json", ValueError, r"checkpoint .*last is damaged .* Delete that folder"),
+        ("optimizer.safetensors", ValueError, r"checkpoint .*last is damaged .* Delete that"),
+        ("state.json", ValueError, r"checkpoint .*last is damaged .* Delete that"),
         ("unet/diffusion_pytorch_model.safetensors", FileNotFoundError, r"cannot load .*/last'"),
         ("scheduler/scheduler_config.json", FileNotFoundError, r"cannot load a policy .*/last'"),
     ],

@@ -133,7 +133,7 @@ def call(root, where, *arguments):
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -245,9 +245,7 @@ def test_schedule_counts_inner_epochs():
 
 
 def test_schedule_of_a_single_update():
-    settings = Finetune(
-        lr_schedule="warmup_cosine", n_iterations=1, n_samples=5, minibatch_size=5
-    )
+    settings = Finetune(lr_schedule="warmup_cosine", n_iterations=1, n_samples=5, minibatch_size=5)
     assert math.isfinite(ppo.learning_rate(0, settings))
 
 
@@ -301,9 +299,7 @@ def settings_for(**changes):
 def update(policy, trajectory, advantage, rate=0.0, **changes):
     """One update and the gradient that it used, flat; with rate 0 the weights stay."""
     optimizer = torch.optim.AdamW(policy.unet.parameters(), weight_decay=0.0)
-    metrics = ppo.update(
-        policy, optimizer, trajectory, advantage, settings_for(**changes), rate
-    )
+    metrics = ppo.update(policy, optimizer, trajectory, advantage, settings_for(**changes), rate)
     return metrics, flat(policy)
 
 
@@ -326,9 +322,7 @@ def test_folded_update_equals_the_loop_over_timesteps(policy, objective, micro_b
     policy.unet.zero_grad()
     total = 0.0
     for k in range(STEPS - 1):
-        t, t_prev = (
-            value[k].expand(n) for value in (trajectory.timesteps, trajectory.t_prev)
-        )
+        t, t_prev = (value[k].expand(n) for value in (trajectory.timesteps, trajectory.t_prev))
         step = transition(policy, trajectory.states[k], t, t_prev)
         new = log_prob(trajectory.states[k + 1], step.mean, step.std)
         if objective == "ddpo_is":
@@ -373,12 +367,13 @@ def test_last_step_carries_no_gradient(policy):
     assert gradient.abs().max() > 0
 
 
-def test_metrics_by_hand(policy):
+@pytest.mark.parametrize("micro_batch", [7, 200])
+def test_metrics_by_hand(policy, micro_batch):
     """Clip fraction, ratio and KL count every timestep, not only the last one."""
     by = torch.zeros(STEPS, n)
     by[0, 0], by[0, 1], by[1, 2], by[2, 3] = 0.3, -0.3, 0.05, 1.0
     n_pairs = n * (STEPS - 1)
-    metrics, _ = update(policy, shift(rollout(policy), by), ADVANTAGE, clip_range=0.1)
+    metrics, _ = update(policy, shift(rollout(policy), by), ADVANTAGE, micro_batch=micro_batch)
 
     ratios = [math.exp(x) for x in (0.3, -0.3, 0.05, 1.0)]
     assert metrics.clip_fraction == pytest.approx(3 / n_pairs)
@@ -426,8 +421,7 @@ def test_rate_of_the_update_is_the_one_given(policy):
     before = [p.detach().clone() for p in policy.unet.parameters()]
     update(policy, rollout(policy), ADVANTAGE, rate=1e-3)
     moved = max(
-        (p - q).abs().max().item()
-        for p, q in zip(policy.unet.parameters(), before, strict=True)
+        (p - q).abs().max().item() for p, q in zip(policy.unet.parameters(), before, strict=True)
     )
     assert moved == pytest.approx(1e-3, rel=0.01)  # Adam's first step
 

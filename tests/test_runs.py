@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,36 @@ def test_changed_setting_sets_the_old_folder_aside(new_run, capsys):
     assert home.with_name("tiny-brighter-s0.old2").exists()
 
 
-def test_retrained_weights_set_the_old_folder_aside(new_run, new_policy):
+@pytest.mark.parametrize("retrained", ["policy", "reward"])
+def test_retrained_weights_set_the_old_folder_aside(new_run, new_policy, tmp_path, retrained):
     run = new_run()
+    model = tmp_path / "aesthetic"
+    run = dataclasses.replace(run, models=dataclasses.replace(run.models, aesthetic=str(model)))
+    policies.save(new_policy(seed=0), model)
     home = runs.open_folder(run)
-    policies.save(new_policy(seed=9), run.source)
     runs.open_folder(run)
-    assert home.with_name("tiny-brighter-s0.old1").exists()
+    aside = home.with_name("tiny-brighter-s0.old1")
+    assert not aside.exists()
+    policies.save(new_policy(seed=9), run.source if retrained == "policy" else model)
+    runs.open_folder(run)
+    assert aside.exists()
+
+
+def test_second_process_waits_until_the_first_is_done(new_run, capsys):
+    run, order = new_run(), []
+
+    def second():
+        with runs.hold(run):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with runs.hold(run):
+        thread.start()
+        thread.join(timeout=1.5)
+        order.append("first")
+    thread.join(timeout=10)
+    assert order == ["first", "second"]
+    assert "another process is at work on it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["runs", "runs/test", "runs/test/tiny-brighter-s0"])
