@@ -23,7 +23,7 @@ from ddpo_lib.encoders import AGE_CLASSES, Clip, embed_images, embed_texts
 from ddpo_lib.toy.faces import AGE_BOUNDS
 from ddpo_lib.toy.training import DEVICE, DOMAINS, Drawn, fit, pick
 
-CLIP_STEPS, AGE_STEPS = 900, 600
+CLIP_STEPS, AGE_STEPS = 1600, 600
 BATCH_SIZE = 128
 CONTEXT_LENGTH = 32
 N_CAPTIONS = 8
