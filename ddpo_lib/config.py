@@ -29,6 +29,10 @@ class Finetune:
     """Denoising steps T of a trajectory."""
     eta: float = 1.0
     """DDIM's eta while training; must be above 0, or there is no exploration."""
+    min_std: float = 0.0
+    """Steps with sigma_t up to this are not learned from. At 0 only deterministic steps are left
+    out. The score of a step grows with 1 / sigma_t, so the last stochastic one (sigma_t about 0.01)
+    can drown all others in noise, see docs/fidelity.md."""
     minibatch_size: int = 10
     """Trajectories per optimizer step."""
     n_inner_epochs: int = 1
@@ -89,6 +93,8 @@ class Finetune:
         for name in ("n_iterations", "n_samples", "minibatch_size", "micro_batch", "n_development"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.min_std < 0:
+            raise ValueError(f"min_std={self.min_std}: must be at least 0")
         if self.n_steps < 2:
             raise ValueError(f"n_steps={self.n_steps}: must be at least 2, the last is no action")
 

@@ -107,6 +107,15 @@ def predict_noise(policy: Policy, x_t: torch.Tensor, t: torch.Tensor) -> torch.T
         return policy.unet(x_t, t).sample.float()
 
 
+def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0) -> torch.Tensor:
+    """sigma_t of the steps from t to t_prev, (N,) float32; 0 for a deterministic step.
+
+    Arguments as in `transition`.
+    """
+    a_t, a_prev = _alpha_bars(policy, t, t_prev)
+    return eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+
+
 def transition(
     policy: Policy, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0
 ) -> Transition:
@@ -122,10 +131,8 @@ def transition(
         eta: 0 for deterministic DDIM, 1 for the DDPM-like sampler that explores.
     """
     eps = predict_noise(policy, x_t, t)
-    alpha_bar = policy.alpha_bar.to(x_t.device)
-    a_t = alpha_bar[t].view(-1, 1, 1, 1)
-    a_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], 1.0).view(-1, 1, 1, 1)
-    std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+    a_t, a_prev = (a.view(-1, 1, 1, 1) for a in _alpha_bars(policy, t, t_prev))
+    std = sigma(policy, t, t_prev, eta).view(-1, 1, 1, 1)
     denoised = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
     if policy.scheduler.config.clip_sample:
         # As in diffusers, eps is not recomputed from the clamped picture. The clamp passes no
@@ -135,3 +142,9 @@ def transition(
     direction = (1 - a_prev - std**2).clamp(min=0).sqrt()
     mean = a_prev.sqrt() * denoised + direction * eps
     return Transition(mean, std.view(-1), denoised)
+
+
+def _alpha_bars(policy, t, t_prev) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha_bar at t and at t_prev, (N,) each; 1 for the clean picture."""
+    alpha_bar = policy.alpha_bar.to(t.device)
+    return alpha_bar[t], torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], 1.0)

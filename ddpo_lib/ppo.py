@@ -7,13 +7,13 @@ import torch
 
 from ddpo_lib.config import Finetune
 from ddpo_lib.log_probs import log_prob
-from ddpo_lib.policy import Policy, transition
+from ddpo_lib.policy import Policy, sigma, transition
 from ddpo_lib.sampler import Trajectory
 
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """What one optimizer step did, over all its samples and all stochastic timesteps."""
+    """What one optimizer step did, over all its samples and all timesteps that it learns from."""
 
     loss: float
     mean_ratio: float
@@ -104,7 +104,7 @@ def update(
     """One optimizer step on a mini-batch of trajectories.
 
     Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time.
-    Deterministic steps are no actions and are left out. The loss is the objective's mean over
+    Steps with sigma_t <= `min_std`, at least the deterministic ones, are left out. The loss is the objective's mean over
     samples of its sum (or mean) over timesteps.
 
     Args:
@@ -113,11 +113,11 @@ def update(
         rate: this step's learning rate.
 
     Raises:
-        ValueError: no step is stochastic (eta = 0).
+        ValueError: no step is stochastic enough (eta = 0, or a large `min_std`).
         FloatingPointError: the gradient is not finite; the weights are left as they were.
     """
     n = trajectory.states.shape[1]
-    pairs = stochastic_pairs(policy, trajectory)
+    pairs = stochastic_pairs(policy, trajectory, settings.min_std)
     n_actions = len(pairs[0]) // n
     scale = n if settings.loss_reduction == "sum" else n * n_actions
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -152,14 +152,21 @@ def update(
     )
 
 
-def stochastic_pairs(policy: Policy, trajectory: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (k, i) of every action: step k of sample i where sigma_t > 0. Each (K·N,) int64."""
-    alpha_bar = policy.alpha_bar
-    t_prev = trajectory.t_prev
-    a_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], 1.0)
-    actions = torch.nonzero((a_prev < 1) & (trajectory.eta > 0)).view(-1)
+def stochastic_pairs(
+    policy: Policy, trajectory: Trajectory, min_std: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (k, i) of every action: step k of sample i with sigma_t > min_std. Each (K·N,) int64.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    std = sigma(policy, trajectory.timesteps, trajectory.t_prev, trajectory.eta)
+    actions = torch.nonzero(std > min_std).view(-1)
     if len(actions) == 0:
-        raise ValueError("no step of these trajectories is stochastic: roll out with eta > 0")
+        raise ValueError(
+            f"no step of these trajectories has sigma_t > {min_std}, the largest is "
+            f"{std.max():.3g}: roll out with eta > 0 or lower min_std"
+        )
     n = trajectory.states.shape[1]
     return actions.repeat_interleave(n), torch.arange(n).repeat(len(actions))
 

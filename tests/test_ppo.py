@@ -444,6 +444,35 @@ def test_deterministic_trajectories_are_an_error(policy):
         update(policy, rollout(policy, eta=0.0), ADVANTAGE)
 
 
+def test_steps_up_to_min_std_are_not_learned_from(policy):
+    """Their terms are missing from the sum, whatever their log-probabilities were."""
+    trajectory = rollout(policy)
+    std = [
+        transition(policy, x_t[:1], t.view(1), prev.view(1)).std.item()
+        for x_t, t, prev in zip(
+            trajectory.states, trajectory.timesteps, trajectory.t_prev, strict=False
+        )
+    ]
+    threshold = sorted(std)[2]  # the deterministic step, and the two least noisy ones
+    left = [k for k, value in enumerate(std) if value > threshold]
+    assert len(left) == len(std) - 3
+    k, i = ppo.stochastic_pairs(policy, trajectory, threshold)
+    n = len(ADVANTAGE)
+    assert k.unique().tolist() == left and len(k) == len(left) * n
+
+    _, gradient = update(policy, trajectory, ADVANTAGE, min_std=threshold)
+    policy.unet.zero_grad()
+    new = ppo.score(policy, trajectory, k, i)
+    ppo.ddpo_is_loss(new, trajectory.log_probs[k, i], ADVANTAGE[i], 1e9).sum().div(n).backward()
+    expected = torch.cat([p.grad.view(-1) for p in policy.unet.parameters()])
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_min_std_above_every_step_is_an_error(policy):
+    with pytest.raises(ValueError, match=r"sigma_t > 2.0.*lower min_std"):
+        update(policy, rollout(policy), ADVANTAGE, min_std=2.0)
+
+
 def test_selected_trajectories(policy):
     """A mini-batch keeps each sample's states and log-probabilities together."""
     trajectory = rollout(policy)
