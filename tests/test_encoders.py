@@ -1,0 +1,183 @@
+"""CLIP, the aesthetic head, the age classifier: what their own libraries answer, and errors."""
+
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import ViTForImageClassification, ViTImageProcessor
+
+from ddpo_lib import encoders, paths
+from ddpo_lib.toy.drawing import to_tensor
+from ddpo_lib.toy.training import draw
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return draw("faces", 8, seed=0).pictures
+
+
+@pytest.fixture(scope="module")
+def clip() -> encoders.Clip:
+    return encoders.load_clip(paths.TOY / "clip")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """copy("clip"): a toy model's folder that a test may damage."""
+    return lambda name: shutil.copytree(paths.TOY / name, tmp_path / name)
+
+
+def truncate(file) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+# ------------------------------------------------------------------------------- CLIP
+
+
+def test_image_embeddings_are_those_of_open_clips_own_pipeline(clip, pictures):
+    """Its transform resizes 8-bit pictures with PIL, ours tensors; the difference is rounding."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{paths.TOY / 'clip'}")
+    batch = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures])
+    with torch.no_grad():
+        expected = model.eval().encode_image(batch, normalize=True)
+    ours = encoders.embed_images(clip, to_tensor(pictures))
+    assert_close(ours.norm(dim=1), torch.ones(8))
+    assert (ours * expected).sum(1).min() > 0.999
+
+
+def test_text_embeddings_are_those_of_open_clip(clip):
+    folder = f"local-dir:{paths.TOY / 'clip'}"
+    model, _, _ = open_clip.create_model_and_transforms(folder)
+    texts = ["an old person", "a church at night"]
+    with torch.no_grad():
+        expected = model.eval().encode_text(open_clip.get_tokenizer(folder)(texts), normalize=True)
+    assert_close(encoders.embed_texts(clip, texts), expected)
+
+
+def test_image_embeddings_do_not_depend_on_the_batch_and_are_differentiable(clip, pictures):
+    images = to_tensor(pictures).requires_grad_()
+    whole = encoders.embed_images(clip, images)
+    assert_close(encoders.embed_images(clip, images, batch_size=3), whole, rtol=1e-4, atol=1e-5)
+    whole.sum().backward()
+    assert images.grad.abs().amax((1, 2, 3)).min() > 0
+    assert not any(p.requires_grad for p in clip.model.parameters())
+
+
+def test_picture_that_is_not_square_is_an_error(clip):
+    with pytest.raises(ValueError, match=r"square RGB pictures \(N, 3, S, S\), got \(1, 3, 8, 9\)"):
+        encoders.embed_images(clip, torch.zeros(1, 3, 8, 9))
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "ViT-L-14:nobody"])
+def test_unknown_clip_is_an_error(source):
+    with pytest.raises(FileNotFoundError, match="ViT-L-14:openai"):
+        encoders.load_clip(source)
+
+
+def test_damaged_clip_is_an_error(copy):
+    folder = copy("clip")
+    truncate(folder / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as a CLIP model"):
+        encoders.load_clip(folder)
+
+
+@pytest.mark.parametrize("file", ["open_clip_config.json", "open_clip_model.safetensors"])
+def test_clip_without_a_file_is_an_error_that_names_it(copy, file):
+    folder = copy("clip")
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        encoders.load_clip(folder)
+
+
+def test_clip_with_a_damaged_config_is_an_error(copy):
+    folder = copy("clip")
+    truncate(folder / "open_clip_config.json")
+    (folder / "open_clip_config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as a CLIP"):
+        encoders.load_clip(folder)
+
+
+# ------------------------------------------------------------------------------- aesthetic head
+
+
+def test_head_has_the_published_layers():
+    """Their names and sizes are what makes the published weights load."""
+    shapes = {
+        name: tuple(value.shape) for name, value in encoders.AestheticHead().state_dict().items()
+    }
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    assert shapes == {
+        f"layers.{i}.{part}": size if part == "weight" else size[:1]
+        for i, size in sizes.items()
+        for part in ("weight", "bias")
+    }
+
+
+def test_head_reads_its_input_size_from_the_weights(tmp_path):
+    head = encoders.AestheticHead(12).eval()
+    save_file(head.state_dict(), tmp_path / "model.safetensors")
+    loaded = encoders.load_aesthetic_head(tmp_path)
+    x = torch.randn(3, 12)
+    assert_close(loaded(x), head(x))
+    assert loaded(x).shape == (3,)
+
+
+def test_head_of_another_model_or_truncated_is_an_error(tmp_path, copy):
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        encoders.load_aesthetic_head(tmp_path)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as an aesthetic head"):
+        encoders.load_aesthetic_head(tmp_path)
+    folder = copy("aesthetic")
+    truncate(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as an aesthetic head"):
+        encoders.load_aesthetic_head(folder)
+
+
+# ------------------------------------------------------------------------------- age
+
+
+def test_age_logits_are_those_of_transformers_own_pipeline(pictures):
+    processor = ViTImageProcessor.from_pretrained(paths.TOY / "age")
+    model = ViTForImageClassification.from_pretrained(paths.TOY / "age").eval()
+    with torch.no_grad():
+        expected = model(**processor(list(pictures), return_tensors="pt")).logits
+    classifier = encoders.load_age_classifier(paths.TOY / "age")
+    ours = encoders.age_logits(classifier, to_tensor(pictures), batch_size=3)
+    assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_classifier_of_other_classes_is_an_error(copy):
+    folder = copy("age")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"]["3"] = "twenties"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"nine classes 0-2, 3-9.*it has .*twenties"):
+        encoders.load_age_classifier(folder)
+
+
+def test_classifier_that_lacks_weights_is_an_error(copy):
+    folder = copy("age")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of the weights"):
+        encoders.load_age_classifier(folder)
+
+
+def test_damaged_or_missing_classifier_is_an_error(copy):
+    folder = copy("age")
+    truncate(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as a ViTForImageClassification"):
+        encoders.load_age_classifier(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        encoders.load_age_classifier(folder)
+    with pytest.raises(FileNotFoundError, match="nateraw/vit-age-classifier"):
+        encoders.load_age_classifier("nobody/nothing")
