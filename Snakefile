@@ -33,8 +33,9 @@ def setting(name):
 
 
 def weights(run):
-    """The pretrained weights, if they lie under data/: retrained ones are another experiment."""
-    return sorted((paths.DATA / run.source).rglob("*.safetensors"))
+    """Of its policy and of its reward, under data/: retrained ones are another experiment."""
+    folders = [paths.DATA / source for source in run.sources.values()]
+    return sorted(file for folder in folders for file in folder.rglob("*.safetensors"))
 
 
 rule all:

@@ -125,6 +125,10 @@ class Models:
     age: str
 
 
+REWARD_MODELS = {"aesthetic": ("clip", "aesthetic"), "over50": ("age",), "under30": ("age",)}
+"""Reward → the fields of `Models` that it looks through; other rewards need none."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that decides what one finetuning does; its folder's name is `name`."""
@@ -144,6 +148,12 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.policy}-{self.task}-s{self.seed}"
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Every model whose weights decide what the run does, and where it is."""
+        needed = REWARD_MODELS.get(self.reward, ())
+        return {"policy": self.source} | {name: getattr(self.models, name) for name in needed}
 
 
 @dataclass(frozen=True)

@@ -193,9 +193,8 @@ def _explained(home: Path) -> Iterator[None]:
 
 def _as_json(run: Run) -> dict:
     content = dataclasses.asdict(run)
-    sources = {"policy": run.source, **dataclasses.asdict(run.models)}
     content["sha256"] = {
-        name: fingerprint(paths.resolve(source)) for name, source in sources.items()
+        name: fingerprint(paths.resolve(source)) for name, source in run.sources.items()
     }
     return json.loads(json.dumps(content))
 

@@ -42,11 +42,12 @@ def test_changed_setting_sets_the_old_folder_aside(new_run, capsys):
     assert home.with_name("tiny-brighter-s0.old2").exists()
 
 
-@pytest.mark.parametrize("retrained", ["policy", "reward"])
+@pytest.mark.parametrize("retrained", ["policy", "reward", "other reward"])
 def test_retrained_weights_set_the_old_folder_aside(new_run, new_policy, tmp_path, retrained):
-    run = new_run()
     model = tmp_path / "aesthetic"
-    run = dataclasses.replace(run, models=dataclasses.replace(run.models, aesthetic=str(model)))
+    models = dataclasses.replace(new_run().models, aesthetic=str(model))
+    reward = "over50" if retrained == "other reward" else "aesthetic"
+    run = dataclasses.replace(new_run(), models=models, reward=reward)
     policies.save(new_policy(seed=0), model)
     home = runs.open_folder(run)
     runs.open_folder(run)
@@ -54,7 +55,7 @@ def test_retrained_weights_set_the_old_folder_aside(new_run, new_policy, tmp_pat
     assert not aside.exists()
     policies.save(new_policy(seed=9), run.source if retrained == "policy" else model)
     runs.open_folder(run)
-    assert aside.exists()
+    assert aside.exists() == (retrained != "other reward")
 
 
 def test_second_process_waits_until_the_first_is_done(new_run, capsys):

@@ -23,10 +23,11 @@ from ddpo_lib.encoders import AGE_CLASSES, Clip, embed_images, embed_texts
 from ddpo_lib.toy.faces import AGE_BOUNDS
 from ddpo_lib.toy.training import DEVICE, DOMAINS, Drawn, fit, pick
 
-CLIP_STEPS, AGE_STEPS = 1600, 600
+CLIP_STEPS, AGE_STEPS = 2600, 600
 BATCH_SIZE = 128
 CONTEXT_LENGTH = 32
 N_CAPTIONS = 8
+SUBJECT = {"faces": "a person", "churches": "a church"}
 RARE = 100  # phrases that are said of fewer pictures are left out
 
 # timm's smallest plain convolutional network: with so few pictures it learns glasses and smiles,
@@ -51,7 +52,8 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
     Two losses are added. Whole captions are matched with their pictures by a softmax over the batch
     (Radford et al. 2021, figure 3). That alone learns details slowly, because a few easy attributes
     tell the pictures of a batch apart; so every picture is also matched with every phrase that
-    captions are made of, each pair a yes or no (the sigmoid loss of Zhai et al. 2023).
+    captions are made of, each pair a yes or no (the sigmoid loss of Zhai et al. 2023). A phrase
+    stands alone or with its subject, as in the short prompts that people write.
 
     Args:
         drawn: one set of pictures per domain; every batch holds equally many of each.
@@ -70,6 +72,10 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
         for part in drawn
     ]
     phrases, says = _phrases(captions)
+    subjects = [
+        SUBJECT[next(part.domain for part, own in zip(drawn, says, strict=True) if own[:, j].any())]
+        for j in range(len(phrases))
+    ]
     tokenizer = _word_tokenizer([text for own in captions for texts in own for text in texts])
     tokenizer.save_pretrained(folder)
     text_cfg = TEXT | {"vocab_size": len(tokenizer), "hf_tokenizer_name": "word-level"}
@@ -106,7 +112,11 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
     def contrast() -> torch.Tensor:
         pictures, chosen, said = batch()
         image = embed_images(clip, pictures).float()
-        text = embed_texts(clip, chosen + phrases).float()
+        openings = (
+            ("", f"{subject}, ", f"{subject} with ")[rng.integers(3)] for subject in subjects
+        )
+        spoken = [opening + phrase for opening, phrase in zip(openings, phrases, strict=True)]
+        text = embed_texts(clip, chosen + spoken).float()
         similarity = model.logit_scale.exp().clamp(max=100) * image @ text.T
         matches, yes_or_no = similarity.split([len(chosen), len(phrases)], dim=1)
         own = torch.arange(len(image), device=DEVICE)

@@ -21,11 +21,6 @@ N_HELD_OUT = 2000
 NEIGHBOURS = 5
 """k of the manifolds. Kynkaanniemi et al. use 3 on 50,000 pictures; on 2,000 the balls around the
 nearest 3 leave holes even between two sets of drawn pictures (see `ceiling` in the result)."""
-MEASURED_ATTRIBUTES = {
-    "faces": ("old", "glasses", "beard", "long_hair", "dark_skin"),
-    "churches": ("night", "dome", "trees"),
-}
-"""The eight clearest attributes, whose zero-shot accuracy is asked for."""
 
 
 def measure(
@@ -64,15 +59,10 @@ def measure(
         }
     if "faces" in samples:
         result["faces"]["share_50_or_over"] = share_50_or_over(age, samples["faces"])
-    accuracies = {
-        domain: zero_shot_accuracy(clip, drawn, embeddings[domain])
-        for domain, drawn in held_out.items()
-    }
-    named, others = {}, {}
-    for domain, measured in accuracies.items():
-        for name, accuracy in measured.items():
-            (named if name in MEASURED_ATTRIBUTES[domain] else others)[name] = accuracy
-    result["clip"] = {"balanced_accuracy": named, "balanced_accuracy_of_others": others}
+    accuracies = [
+        zero_shot_accuracy(clip, drawn, embeddings[domain]) for domain, drawn in held_out.items()
+    ]
+    result["clip"] = {"balanced_accuracy": accuracies[0] | accuracies[1]}
     result["age"] = age_quality(age, balanced)
     agreements = {
         domain: pair_agreement(head, embeddings[domain], drawn.taste)
