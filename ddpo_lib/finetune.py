@@ -32,8 +32,10 @@ def _finetune(run: Run) -> Path:
     home = runs.open_folder(run)
     settings = run.settings
     resumed = (home / "last").exists()
-    source = home / "last" if resumed else paths.resolve(run.source)
-    learner = policy.load(source, bf16=settings.bf16)
+    if resumed:
+        learner = runs.load_learner(home, settings.bf16)
+    else:
+        learner = policy.load(paths.resolve(run.source), bf16=settings.bf16)
     optimizer = torch.optim.AdamW(
         learner.unet.parameters(),
         lr=settings.learning_rate,

@@ -25,4 +25,4 @@ def resolve(source: str) -> str:
     absolute path stays as it is.
     """
     folder = DATA / source
-    return str(folder) if folder.exists() else source
+    return str(folder) if source and folder.exists() else source

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+SUPPORTED = {"prediction_type": "epsilon", "clip_sample_range": 1, "thresholding": False}
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -72,13 +74,16 @@ def load(source: str | Path, device: str | None = None, bf16: bool = True) -> Po
             "which needs a network or a warm cache. "
             f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    scheduler = pipeline.scheduler
-    if scheduler.config.prediction_type != "epsilon" or scheduler.config.clip_sample_range != 1:
+    found = {name: pipeline.scheduler.config[name] for name in SUPPORTED}
+    found["learned variance"] = (
+        pipeline.unet.config.out_channels != pipeline.unet.config.in_channels
+    )
+    if found != SUPPORTED | {"learned variance": False}:
         raise ValueError(
-            f"{source}: only models that predict the noise (prediction_type 'epsilon') and clip "
-            f"samples at 1 are supported, not {scheduler.config.prediction_type!r} with "
-            f"clip_sample_range {scheduler.config.clip_sample_range}"
+            f"{source}: only models that predict the noise alone and clip samples at 1 are "
+            f"supported, {SUPPORTED}, not {found}"
         )
+    scheduler = pipeline.scheduler
     unet = pipeline.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)

@@ -104,8 +104,8 @@ def update(
     """One optimizer step on a mini-batch of trajectories.
 
     Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time.
-    Steps with sigma_t <= `min_std`, at least the deterministic ones, are left out. The loss is the objective's mean over
-    samples of its sum (or mean) over timesteps.
+    Steps with sigma_t <= `min_std`, at least the deterministic ones, are left out. The loss is the
+    objective's mean over samples of its sum (or mean) over timesteps.
 
     Args:
         trajectory: the mini-batch, see `select`.

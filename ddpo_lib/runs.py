@@ -135,21 +135,17 @@ def save_checkpoint(
     _replace_folder(draft, home / "last")
 
 
-def load_checkpoint(home: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the optimizer from last/ and return the state; the policy is loaded from last/ too.
+def load_learner(home: Path, bf16: bool) -> policy.Policy:
+    """The policy in last/. Raises ValueError if last/ is damaged."""
+    with _whole(home / "last"):
+        return policy.load(home / "last", bf16=bf16)
 
-    Raises:
-        ValueError: last/ is damaged; names the file and what to do.
-    """
-    last = home / "last"
-    try:
-        state = json.loads((last / "state.json").read_text())
-        moments = load_file(last / "optimizer.safetensors")
-    except Exception as error:
-        raise ValueError(
-            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). Delete "
-            "that folder to start the run again; its best/ and its development pictures stay"
-        ) from error
+
+def load_checkpoint(home: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore the optimizer from last/ and return the state. Raises ValueError if it is damaged."""
+    with _whole(home / "last"):
+        state = json.loads((home / "last" / "state.json").read_text())
+        moments = load_file(home / "last" / "optimizer.safetensors")
     restored: dict[int, dict] = {}
     for name, value in moments.items():
         i, key = name.split(".")
@@ -203,6 +199,18 @@ def _differences(old: dict, new: dict) -> str:
     flat = [{**content, **content.get("settings", {})} for content in (old, new)]
     names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
     return ", ".join(f"{name}: {flat[0].get(name)} → {flat[1][name]}" for name in names)
+
+
+@contextlib.contextmanager
+def _whole(last: Path) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). Delete "
+            "that folder to start the run again; its best/ and its development pictures stay"
+        ) from error
 
 
 def _draft(target: Path) -> Path:

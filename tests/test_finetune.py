@@ -339,20 +339,20 @@ def test_unknown_reward_stops_before_anything_runs(new_run):
 
 
 @pytest.mark.parametrize(
-    "file, kind, message",
+    "file",
     [
-        ("optimizer.safetensors", ValueError, r"checkpoint .*last is damaged .* Delete that"),
-        ("state.json", ValueError, r"checkpoint .*last is damaged .* Delete that"),
-        ("unet/diffusion_pytorch_model.safetensors", FileNotFoundError, r"cannot load .*/last'"),
-        ("scheduler/scheduler_config.json", FileNotFoundError, r"cannot load a policy .*/last'"),
+        "optimizer.safetensors",
+        "state.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
     ],
 )
-def test_damaged_checkpoint_is_one_clear_error(new_run, file, kind, message):
+def test_damaged_checkpoint_is_one_clear_error(new_run, file):
     run = new_run(n_iterations=2)
     home = finetune.finetune(run)
     damaged = home / "last" / file
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    with pytest.raises(kind, match=message):
+    with pytest.raises(ValueError, match=r"checkpoint .*last is damaged .* Delete that"):
         finetune.finetune(run)
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.testing import assert_close
 
 from ddpo_lib import policy as policies
@@ -178,11 +178,19 @@ def test_incomplete_folder_is_one_clear_error(policy, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "config", [{"prediction_type": "v_prediction"}, {"clip_sample_range": 2.0}]
+    "config",
+    [{"prediction_type": "v_prediction"}, {"clip_sample_range": 2.0}, {"thresholding": True}],
 )
 def test_other_kind_of_model_is_one_clear_error(policy, tmp_path, config):
     policies.save(Policy(policy.unet, DDPMScheduler(1000, **config)), tmp_path / "p")
     with pytest.raises(ValueError, match="only models that predict the noise"):
+        policies.load(tmp_path / "p")
+
+
+def test_model_with_a_learned_variance_is_one_clear_error(policy, tmp_path):
+    config = dict(policy.unet.config) | {"out_channels": 6}
+    policies.save(Policy(UNet2DModel.from_config(config), policy.scheduler), tmp_path / "p")
+    with pytest.raises(ValueError, match="'learned variance': True"):
         policies.load(tmp_path / "p")
 
 

@@ -10,12 +10,13 @@ from tqdm.auto import tqdm
 from ddpo_lib.toy.drawing import to_tensor
 
 T = 1000
+CONSTANT = 10.0
 
 
 def new_unet() -> UNet2DModel:
     """The toy denoiser: 32x32 RGB, about 2 M parameters, most of its work at low resolution.
 
-    It starts near the identity, eps_theta(x_t, t) = x_t, which is right where x_t is nearly all
+    It starts as the identity, eps_theta(x_t, t) = x_t, which is right where x_t is nearly all
     noise. From random weights that takes thousands of steps to learn, and until it is exact the
     mean colour of a picture, which the noisiest steps settle, comes out near the average.
     """
@@ -35,12 +36,17 @@ def new_unet() -> UNet2DModel:
 
 @torch.no_grad()
 def _start_as_identity(unet: UNet2DModel) -> None:
-    """Carry ±x_t through the outermost skip connection: silu(x) - silu(-x) = x exactly."""
+    """Carry ±x_t through the outermost skip connection: silu(x) - silu(-x) = x exactly.
+
+    The last group norm would divide by the standard deviation of x_t and so forget how large x_t
+    is. At the noisiest steps 1 % of x_t is as much as the whole picture: it would stay in it as
+    speckle. Two large constants, ±C, in the carriers' group make the division nearly constant.
+    """
     last = unet.up_blocks[-1].resnets[-1]
     n_hidden = last.conv_shortcut.in_channels - unet.conv_in.out_channels
     for layer in (unet.conv_in, last.conv_shortcut, last.conv2):
-        layer.weight[:6] = 0
-        layer.bias[:6] = 0
+        layer.weight[:8] = 0
+        layer.bias[:8] = 0
     unet.conv_out.weight.zero_()
     unet.conv_out.bias.zero_()
     for channel in range(3):
@@ -48,6 +54,8 @@ def _start_as_identity(unet: UNet2DModel) -> None:
             unet.conv_in.weight[carrier, channel, 1, 1] = sign
             last.conv_shortcut.weight[carrier, n_hidden + carrier] = 1.0
             unet.conv_out.weight[channel, carrier, 1, 1] = sign
+    last.conv_shortcut.bias[6:8] = torch.tensor([CONSTANT, -CONSTANT])
+    unet.conv_norm_out.weight[:6] = ((6 + 2 * CONSTANT**2) / 8) ** 0.5
 
 
 def train_policy(
