@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from ddpo_lib import paths
+from ddpo_lib.batch import FINETUNE_PARAMETERS, NOTEBOOKS, needs_finetunings
 from ddpo_lib.config import Finetune, load
 
 
@@ -17,9 +18,8 @@ PROFILE = load(config.get("profile", "toy"))
 RUNS = {run.name: run for run in PROFILE.batch()}
 HOME = f"data/runs/{PROFILE.name}"
 FIGURES = f"figures/{PROFILE.name}"
-EVALUATIONS = [f"{HOME}/{name}/evaluation.json" for name in RUNS]
 
-# An edited library redraws the figures, which takes a minute; it does not finetune again.
+# An edited library redraws the figures, which takes minutes; it does not finetune again.
 LIBRARY = sorted(Path(paths.__file__).parent.glob("*.py"))
 
 # What two notebooks print at once nobody can read: it goes to a file, of which a failure shows
@@ -29,7 +29,7 @@ QUIETLY = " > {log.text} 2>&1 || {{ tail -n 20 {log.text} >&2; exit 1; }}"
 
 
 def setting(name):
-    return lambda wildcards: f"{name}={getattr(RUNS[wildcards.run].settings, name)}"
+    return lambda wildcards: getattr(RUNS[wildcards.run].settings, name)
 
 
 def weights(run):
@@ -40,17 +40,7 @@ def weights(run):
 
 rule all:
     input:
-        expand(
-            FIGURES + "/{name}.{kind}",
-            name=[
-                "fig_5_1_samples_faces",
-                "fig_5_3_learning_curves",
-                "fig_5_7_lr_schedule",
-                "fig_5_12_samples_churches",
-            ],
-            kind=["png", "pdf"],
-        ),
-        FIGURES + "/table_5_1.csv",
+        [f"{FIGURES}/{file}" for notebook in NOTEBOOKS.values() for file in notebook.files],
     message:
         "everything is there"
 
@@ -69,7 +59,8 @@ rule finetune:
         text=HOME + "/notebooks/50_finetune-{run}.log",
     params:
         # One by one, so that the reason for a rerun shows the setting that has changed.
-        *[setting(field.name) for field in dataclasses.fields(Finetune)],
+        **{field.name: setting(field.name) for field in dataclasses.fields(Finetune)},
+        profile=PROFILE.name,
         policy=lambda wildcards: RUNS[wildcards.run].policy,
         task=lambda wildcards: RUNS[wildcards.run].task,
         seed=lambda wildcards: RUNS[wildcards.run].seed,
@@ -78,63 +69,33 @@ rule finetune:
         # As text: Snakemake does not notice a change inside an object.
         models=str(PROFILE.models),
         evaluation=str(PROFILE.evaluation),
+    priority: 1
     threads: 1
     message:
         "finetune {wildcards.run}"
     shell:
-        PAPERMILL + " -r profile {PROFILE.name} -r policy {params.policy}"
-        " -r task {params.task} -p seed {params.seed}" + QUIETLY
+        PAPERMILL + "".join(f" -p {name} {{params.{name}}}" for name in FINETUNE_PARAMETERS) + QUIETLY
 
 
-# From here on a notebook has all cores, so these run one after another.
-rule learning_curves:
-    input:
-        EVALUATIONS,
-        LIBRARY,
-        notebook="notebooks/51_learning_curves.ipynb",
-    output:
-        multiext(FIGURES + "/fig_5_3_learning_curves", ".png", ".pdf"),
-        multiext(FIGURES + "/fig_5_7_lr_schedule", ".png", ".pdf"),
-    log:
-        notebook=HOME + "/notebooks/51_learning_curves.ipynb",
-        text=HOME + "/notebooks/51_learning_curves.log",
-    threads: workflow.cores
-    message:
-        "51_learning_curves: Figures 5.3 and 5.7"
-    shell:
-        PAPERMILL + " -r profile {PROFILE.name}" + QUIETLY
+for name, notebook in NOTEBOOKS.items():
 
-
-rule results_table:
-    input:
-        EVALUATIONS,
-        LIBRARY,
-        notebook="notebooks/52_results_table.ipynb",
-    output:
-        FIGURES + "/table_5_1.csv",
-    log:
-        notebook=HOME + "/notebooks/52_results_table.ipynb",
-        text=HOME + "/notebooks/52_results_table.log",
-    threads: workflow.cores
-    message:
-        "52_results_table: Table 5.1"
-    shell:
-        PAPERMILL + " -r profile {PROFILE.name}" + QUIETLY
-
-
-rule samples:
-    input:
-        EVALUATIONS,
-        LIBRARY,
-        notebook="notebooks/53_samples.ipynb",
-    output:
-        multiext(FIGURES + "/fig_5_1_samples_faces", ".png", ".pdf"),
-        multiext(FIGURES + "/fig_5_12_samples_churches", ".png", ".pdf"),
-    log:
-        notebook=HOME + "/notebooks/53_samples.ipynb",
-        text=HOME + "/notebooks/53_samples.log",
-    threads: workflow.cores
-    message:
-        "53_samples: Figures 5.1 and 5.12"
-    shell:
-        PAPERMILL + " -r profile {PROFILE.name}" + QUIETLY
+    rule:
+        name:
+            name
+        input:
+            [f"{HOME}/{run}/evaluation.json" for run in RUNS] if needs_finetunings(name) else [],
+            LIBRARY,
+            notebook=f"notebooks/{name}.ipynb",
+        output:
+            [
+                report(f"{FIGURES}/{file}", category=f"chapter {name[0]}", subcategory=name)
+                for file in notebook.files
+            ],
+        log:
+            notebook=f"{HOME}/notebooks/{name}.ipynb",
+            text=f"{HOME}/notebooks/{name}.log",
+        threads: 1
+        message:
+            name
+        shell:
+            PAPERMILL + f" -p profile {PROFILE.name}" + QUIETLY

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import heapq
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -19,13 +18,47 @@ from papermill import inspect_notebook
 from ddpo_lib import config, paths
 from ddpo_lib.config import Profile, Run
 
+
+@dataclasses.dataclass(frozen=True)
+class Notebook:
+    """What the batch has to know about a notebook."""
+
+    seconds: int
+    """On one core in profile toy, with the finetunings there; measured."""
+    makes: tuple[str, ...]
+    """The figures and tables that it leaves in figures/<profile>/."""
+
+    @property
+    def files(self) -> list[str]:
+        """Their files: figures as PNG and PDF, tables as CSV."""
+        kinds = {
+            name: ["csv"] if name.startswith("table_") else ["png", "pdf"] for name in self.makes
+        }
+        return [f"{name}.{kind}" for name in self.makes for kind in kinds[name]]
+
+
+NOTEBOOKS = {
+    "51_learning_curves": Notebook(20, ("fig_5_3_learning_curves", "fig_5_7_lr_schedule")),
+    "52_results_table": Notebook(20, ("table_5_1",)),
+    "53_samples": Notebook(20, ("fig_5_1_samples_faces", "fig_5_12_samples_churches")),
+}
+"""Every notebook of the batch but 50_finetune, which runs once for each finetuning."""
+
+FINETUNE_PARAMETERS = ("profile", "policy", "task", "seed")
+"""Papermill parameters of 50_finetune in the batch; all other notebooks get the profile alone."""
+
 SECONDS_PER_NETWORK_CALL = 0.002
 """One picture once through a toy UNet, on one core while the other core does the same; measured on
 two cores of a cloud machine, in bf16."""
-SECONDS_PER_NOTEBOOK = 20
+SECONDS_PER_FINETUNING = 20
 """Starting a kernel, importing, loading models, drawing."""
 BACKWARD = 2
 """A backward pass in network calls."""
+
+
+def needs_finetunings(notebook: str) -> bool:
+    """Whether the notebook shows finetuned policies: all of chapter 5 and the appendices."""
+    return notebook > "50"
 
 
 def plan(profile_name: str, cores: int) -> str:
@@ -37,10 +70,8 @@ def plan(profile_name: str, cores: int) -> str:
     """
     profile = config.load(profile_name)
     batch = profile.batch()
-    notebooks = notebook_parameters()
-    check_parameters(notebooks)
-    n_others = len(notebooks) - 1
-    lines = [f"Profile {profile.name}: {len(batch)} finetunings, then {n_others} notebooks"]
+    check_notebooks()
+    lines = [f"Profile {profile.name}: {len(batch)} finetunings and {len(NOTEBOOKS)} notebooks"]
     for run in batch:
         done = iterations_done(run)
         if is_complete(run):
@@ -59,7 +90,7 @@ def plan(profile_name: str, cores: int) -> str:
     if not missing:
         lines.append("Every finetuning is done; notebooks run only where something has changed.")
     elif all(source.startswith("toy/") for source in profile.policies.values()):
-        minutes = seconds(profile, missing, n_others, cores) / 60
+        minutes = seconds(profile, missing, NOTEBOOKS, cores) / 60
         lines.append(f"This will take about {minutes:.0f} minutes on {cores} cores like those of a "
                      "laptop. Stop it whenever you like: it goes on where it was.")  # fmt: skip
     else:
@@ -68,27 +99,20 @@ def plan(profile_name: str, cores: int) -> str:
     return "\n".join(lines)
 
 
-def notebook_parameters() -> dict[str, set[str]]:
-    """Notebook → names of the parameters that the Snakefile gives it."""
-    rules = re.split(r"^rule ", (paths.ROOT / "Snakefile").read_text(), flags=re.MULTILINE)
-    return {
-        notebook[1]: set(re.findall(r"-[pr] (\w+) ", rule))
-        for rule in rules
-        if (notebook := re.search(r'notebook="notebooks/(\w+)\.ipynb"', rule))
-    }
+def check_notebooks() -> None:
+    """Every notebook is there and has the parameters that the batch gives it, or ValueError.
 
-
-def check_parameters(notebooks: dict[str, set[str]]) -> None:
-    """Papermill only warns about a name that a notebook does not have; this raises ValueError."""
-    for notebook, given in notebooks.items():
+    Papermill only warns about a name that a notebook does not have.
+    """
+    given = {"50_finetune": FINETUNE_PARAMETERS} | dict.fromkeys(NOTEBOOKS, ("profile",))
+    for notebook, names in given.items():
         file = paths.NOTEBOOKS / f"{notebook}.ipynb"
         if not file.is_file():
             raise ValueError(f"the batch needs {file}, which does not exist")
         known = set(inspect_notebook(str(file)))
-        if given - known:
+        if unknown := sorted(set(names) - known):
             raise ValueError(
-                f"{notebook}: unknown parameter {sorted(given - known)}; its parameters cell has "
-                f"{sorted(known)}"
+                f"{notebook}: unknown parameter {unknown}; its parameters cell has {sorted(known)}"
             )
 
 
@@ -117,8 +141,8 @@ def is_complete(run: Run) -> bool:
     return evaluated and iterations_done(run) == run.settings.n_iterations
 
 
-def seconds(profile: Profile, todo: list[Run], n_notebooks: int, cores: int) -> float:
-    """Expected time: finetunings side by side, one a core, then notebooks one after another.
+def seconds(profile: Profile, todo: list[Run], notebooks: dict[str, Notebook], cores: int) -> float:
+    """Expected time: finetunings side by side, one a core, then notebooks.
 
     A network call is one picture through the network once. A rollout is n_samples × n_steps of
     them; an update goes forward and backward through all steps but the last, which is no action.
@@ -132,12 +156,12 @@ def seconds(profile: Profile, todo: list[Run], n_notebooks: int, cores: int) -> 
         development = s.n_development * s.n_steps
         remaining = s.n_iterations - iterations_done(run)
         calls = remaining * (rollout + update + development) + evaluation
-        durations.append(calls * SECONDS_PER_NETWORK_CALL + SECONDS_PER_NOTEBOOK)
+        durations.append(calls * SECONDS_PER_NETWORK_CALL + SECONDS_PER_FINETUNING)
     free_at = [0.0] * cores
-    for duration in sorted(durations, reverse=True):
+    durations = sorted(durations, reverse=True) + [entry.seconds for entry in notebooks.values()]
+    for duration in durations:
         heapq.heapreplace(free_at, free_at[0] + duration)
-    pretrained = len({run.policy for run in todo}) * evaluation
-    return max(free_at) + pretrained * SECONDS_PER_NETWORK_CALL + n_notebooks * SECONDS_PER_NOTEBOOK
+    return max(free_at)
 
 
 def report(profile_name: str) -> str:

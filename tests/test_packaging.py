@@ -107,14 +107,14 @@ def test_batch_runs_every_notebook_with_its_parameters():
     assert done.returncode == 0, done.stdout + done.stderr
     planned = done.stdout + done.stderr
     for run in config.load("toy").batch():
-        given = f"-r profile toy -r policy {run.policy} -r task {run.task} -p seed {run.seed} "
+        given = f"-p profile toy -p policy {run.policy} -p task {run.task} -p seed {run.seed} "
         assert f"50_finetune-{run.name}.ipynb {given}" in planned
-    for notebook in ("51_learning_curves", "52_results_table", "53_samples"):
-        assert f"notebooks/{notebook}.ipynb -r profile toy " in planned
+    for notebook in batch.NOTEBOOKS:
+        assert f"notebooks/{notebook}.ipynb -p profile toy " in planned
 
 
 def test_misspelled_parameter_fails_before_anything_runs(tmp_path, monkeypatch):
-    for file in paths.NOTEBOOKS.glob("5*.ipynb"):
+    for file in paths.NOTEBOOKS.glob("*.ipynb"):
         notebook = json.loads(file.read_text())
         for cell in notebook["cells"]:
             if file.stem == "50_finetune" and "parameters" in cell["metadata"].get("tags", []):
@@ -159,5 +159,5 @@ def test_plan_knows_what_is_done(tmp_path, monkeypatch):
 def test_time_is_shared_among_cores():
     profile = config.load("toy")
     runs = profile.batch()
-    one, two = (batch.seconds(profile, runs, n_notebooks=0, cores=n) for n in (1, 2))
+    one, two = (batch.seconds(profile, runs, batch.NOTEBOOKS, cores=n) for n in (1, 2))
     assert one / 2 <= two < one
