@@ -180,9 +180,9 @@ def test_clip_is_trained_and_loads_in_plain_open_clip(tmp_path, monkeypatch):
     drawn = [draw(domain, 40, 0) for domain in DOMAINS]
     toy_encoders.train_clip(drawn, tmp_path, seed=0, n_steps=4)
     clip = encoders.load_clip(tmp_path)
-    assert encoders.embed_images(clip, to_tensor(drawn[0].pictures)).shape == (40, 128)
+    assert encoders.embed_images(clip, to_tensor(drawn[0].pictures)).shape == (40, 256)
     texts = ["an old person", "a young person"]
-    assert encoders.embed_texts(clip, texts).shape == (2, 128)
+    assert encoders.embed_texts(clip, texts).shape == (2, 256)
     assert clip.tokenizer(["a zeppelin"])[0, 1] == 1  # an unknown word is unknown, no error
 
 

@@ -367,9 +367,13 @@ def _caption(f: dict, rng: np.random.Generator) -> str:
         told(" and ".join(name for name in ("stars", "moon", "sun") if f[name])),
         told("clear sky" if f["light"] > 0.6 else "grey sky" if f["light"] < 0.4 else ""),
         told("clouds" if f["clouds"] else "no clouds"),
-        # Without its kind the phrase is just "trees", so that the plain word is learned as well.
+        # Without number and kind the phrase is just "trees", so that the plain word is learned as well.
         told(
-            join(told(("round", "cypress")[f["tree_kind"]], 0.5), "trees")
+            join(
+                told(("few", "", "many")[f["trees"] - 1], 0.5),
+                told(("round", "cypress")[f["tree_kind"]], 0.5),
+                "trees",
+            )
             if f["trees"]
             else "no trees"
         ),
@@ -399,22 +403,20 @@ ATTRIBUTES: dict[str, tuple[str, str, Callable[[Factors], np.ndarray]]] = {
 }
 
 # Score: (weight, then its mean and deviation under `sample_factors`); squared weights sum to 1.
-TASTE = {"detail": (0.6, 0.983, 0.458), "light": (0.6, 0.5, 0.262), "trees": (0.53, 1.5, 1.137)}
+TASTE = {"detail": (0.6, 0.782, 0.427), "light": (0.6, 0.5, 0.262), "trees": (0.53, 1.505, 1.117)}
 
 
 def taste(factors: Factors) -> np.ndarray:
     """The simulated rater's true liking (N,), of mean about 0 and standard deviation about 1.
 
-    A weighted sum of three standardised scores: detail (windows, ornament, masonry), light (warm
-    clear day and golden sunset above dull grey and night) and trees (number times size).
+    A weighted sum of three standardised scores: detail (windows and masonry), light (warm clear
+    day and golden sunset above dull grey and night) and the number of trees.
     """
     f, time = factors, factors["time"]
     dull, clear = np.array([0.3, 0.35, 0.35, 0.0])[time], np.array([0.7, 1.0, 1.0, 0.3])[time]
     scores = {
-        "detail": f["windows"] / 6
-        + 0.2 * f["ornament"]
-        + np.array([0.0, 0.35, 0.5])[f["material"]],
+        "detail": f["windows"] / 6 + np.array([0.0, 0.35, 0.5])[f["material"]],
         "light": dull + (clear - dull) * f["light"],
-        "trees": f["trees"] * f["tree_size"],
+        "trees": f["trees"],
     }
     return sum(weight * (scores[name] - mean) / sd for name, (weight, mean, sd) in TASTE.items())

@@ -39,7 +39,7 @@ VISION = {
     "image_size": 64,
 }
 TEXT = {"context_length": CONTEXT_LENGTH, "width": 64, "heads": 2, "layers": 2}
-EMBED_DIM = 128
+EMBED_DIM = 256
 PHRASE_END = re.compile(
     r", | with | and | (?=in daylight|at night|on the|in the)| (?=\w+ (?:hair|background))"
 )

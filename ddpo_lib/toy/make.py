@@ -23,7 +23,7 @@ from ddpo_lib.toy.training import draw
 
 POLICY_STEPS = 4000
 N_POLICY, N_ENCODER, N_SAMPLES = 30_000, 20_000, 2000
-MINUTES = 55
+MINUTES = 50
 """Measured on two cores; a GPU needs a fraction."""
 
 LANES = (("faces", "clip", "aesthetic"), ("churches", "age", "regressor"))
