@@ -118,7 +118,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Models:
-    """Sources of the models behind the rewards: folders under data/, or Hub ids."""
+    """Sources of the models behind the rewards: folders under data/, or the Hub's, see `hub`."""
 
     clip: str
     aesthetic: str
@@ -162,7 +162,7 @@ class Profile:
 
     name: str
     policies: dict[str, str]
-    """Policy name → folder under data/ or Hub id."""
+    """Policy name → folder under data/ or Hub id, "google/ddpm-church-256@<revision>"."""
     models: Models
     evaluation: Evaluation
     tasks: dict[str, dict]
@@ -171,6 +171,9 @@ class Profile:
     """Changes to `Finetune`'s defaults for every task."""
     runs: list[dict] = field(default_factory=list)
     """The batch: one {policy, task, seed} for each finetuning."""
+    finetuned: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Policy name → task → source of a policy that others finetuned so, to be looked at without a
+    run of one's own: a folder under data/, a Hub id, or a .pth of the thesis's code."""
 
     def run(
         self, policy: str, task: str, reward: str | None = None, seed: int = 0, **changes
@@ -214,6 +217,10 @@ class Profile:
         """Every finetuning of the profile's batch."""
         return [self.run(**spec) for spec in self.runs]
 
+    def published(self, run: Run) -> str | None:
+        """Source of the policy that others finetuned as `run` would, None if there is none."""
+        return self.finetuned.get(run.policy, {}).get(run.task)
+
 
 def load(name: str) -> Profile:
     """Read and check config/<name>.yaml.
@@ -240,6 +247,9 @@ def load(name: str) -> Profile:
     )
     for task in profile.tasks:
         for policy in profile.policies:
+            profile.run(policy, task)
+    for policy, tasks in profile.finetuned.items():
+        for task in tasks:
             profile.run(policy, task)
     profile.batch()
     return profile

@@ -5,6 +5,7 @@ respect to it, because their preprocessing works on tensors. The loaders read th
 folders and the real checkpoints alike.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTForImageClassification, ViTImageProcessor
 
+from ddpo_lib import hub
+
 AGE_CLASSES = (
     "0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70",
 )  # fmt: skip
 """FairFace's nine age classes, in the order of the classifier's logits."""
 UNDER30 = (0, 1, 2, 3)
 OVER50 = (6, 7, 8)
+
+LAION_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+"""Of the published file, `hub.LAION_HEAD`."""
 
 Numbers = tuple[float, float, float]
 
@@ -79,26 +85,32 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
 
     Args:
         source: a folder with `open_clip_config.json` and `open_clip_model.safetensors`, or
-            "architecture:pretrained" such as "ViT-L-14:openai", which open_clip downloads.
+            "architecture:pretrained" such as "ViT-L-14:openai", with a revision of its repository
+            on the Hub after an @ if it is not to be the newest.
         device: "cpu", "cuda", …; default: a GPU if there is one.
 
     Raises:
-        FileNotFoundError: no such folder or pretrained model.
+        FileNotFoundError: no such folder or pretrained model, or the Hub did not give it.
         ValueError: the folder's files do not make a CLIP model, or are truncated.
     """
-    architecture, _, tag = str(source).rpartition(":")
+    source = str(source)
+    architecture, _, tag = source.partition("@")[0].rpartition(":")
     if Path(source).is_dir():
         weights = Path(source) / "open_clip_model.safetensors"
         _require(weights, "a CLIP folder", "open_clip_config.json")
         name, options = f"local-dir:{Path(source).resolve()}", {}
     elif (architecture, tag) in open_clip.list_pretrained():
         recipe = open_clip.get_pretrained_cfg(architecture, tag)
-        # OpenAI's weights want the activation they were trained with; open_clip only warns.
-        options = {"pretrained": tag, "force_quick_gelu": recipe.get("quick_gelu", False)}
-        name = architecture
+        name, options = architecture, {
+            "pretrained": str(hub.fetch("clip", source)),
+            # OpenAI's weights want the activation they were trained with; open_clip only warns.
+            "force_quick_gelu": recipe.get("quick_gelu", False),
+            "image_mean": recipe["mean"],
+            "image_std": recipe["std"],
+        }  # fmt: skip
     else:
         raise FileNotFoundError(
-            f"no CLIP model at {str(source)!r}. Give a folder in open_clip's format or "
+            f"no CLIP model at {source!r}. Give a folder in open_clip's format or "
             "'architecture:pretrained', for instance 'ViT-L-14:openai'; "
             "open_clip.list_pretrained() names them all"
         )
@@ -132,21 +144,33 @@ def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
     return F.normalize(clip.model.encode_text(_on(clip.model, tokens)), dim=-1)
 
 
-def load_aesthetic_head(folder: str | Path, device: str | None = None) -> AestheticHead:
-    """Load an aesthetic head from `model.safetensors`; its input size is read from the weights.
+def load_aesthetic_head(source: str | Path, device: str | None = None) -> AestheticHead:
+    """Load an aesthetic head; its input size is read from the weights.
+
+    Args:
+        source: a folder with `model.safetensors`; the file that LAION published, "….pth"; or the id
+            of a repository on the Hub that holds either.
+        device: "cpu", "cuda", …; default: a GPU if there is one.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is truncated or holds another model.
+        FileNotFoundError: no such file, or the Hub did not give it.
+        ValueError: the file is truncated, holds another model, or is a .pth but not LAION's.
     """
-    weights = Path(folder) / "model.safetensors"
+    weights = hub.fetch("aesthetic", str(source))
+    if weights.suffix not in (".pth", ".safetensors"):
+        weights = weights / "model.safetensors"
     _require(weights, "an aesthetic head's folder")
+    if weights.suffix == ".pth":
+        _check_sha256(weights, LAION_HEAD_SHA256)
     try:
-        state = load_file(weights)
+        if weights.suffix == ".pth":
+            state = torch.load(weights, "cpu", weights_only=True)
+        else:
+            state = load_file(weights)
         head = AestheticHead(state["layers.0.weight"].shape[1])
         head.load_state_dict(state)
     except Exception as error:
-        raise _unreadable(folder, "an aesthetic head (layers.{0,2,4,6,7}.*)", error) from error
+        raise _unreadable(source, "an aesthetic head (layers.{0,2,4,6,7}.*)", error) from error
     return _freeze(head, device)
 
 
@@ -157,21 +181,18 @@ def load_age_classifier(source: str | Path, device: str | None = None) -> AgeCla
         FileNotFoundError: neither a folder nor a model that the Hub can give.
         ValueError: the model is truncated or not a ViT with FairFace's nine age classes.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        _require(folder / "model.safetensors", "an age classifier's folder", "config.json")
-    try:
-        model, report = ViTForImageClassification.from_pretrained(
-            str(source), output_loading_info=True
-        )
-        processor = ViTImageProcessor.from_pretrained(str(source))
-    except Exception as error:
-        if folder.is_dir():
-            raise _unreadable(source, "a ViTForImageClassification", error) from error
+    if hub.locate(str(source)) is None and not Path(source).is_dir():
         raise FileNotFoundError(
             f"no age classifier at {str(source)!r}. Give a transformers folder or a Hub id such as "
-            f"'nateraw/vit-age-classifier', which needs a network or a warm cache. {_cause(error)}"
-        ) from error
+            "'nateraw/vit-age-classifier'"
+        )
+    folder = hub.fetch("age", str(source))
+    _require(folder / "model.safetensors", "an age classifier's folder", "config.json")
+    try:
+        model, report = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
+        processor = ViTImageProcessor.from_pretrained(folder)
+    except Exception as error:
+        raise _unreadable(source, "a ViTForImageClassification", error) from error
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     if labels != AGE_CLASSES or report["missing_keys"]:
         raise ValueError(
@@ -226,6 +247,15 @@ def _require(weights: Path, kind: str, config: str | None = None) -> None:
             json.loads(weights.with_name(config).read_text())
         except json.JSONDecodeError as error:
             raise _unreadable(weights.parent, kind, error) from error
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{file} is not the head that LAION published, {hub.LAION_HEAD}: its sha256 is {found} "
+            f"and not {expected}. Fetch it again; save a head of your own as model.safetensors"
+        )
 
 
 def _unreadable(source: str | Path, kind: str, error: Exception) -> ValueError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,51 @@ def share_over_50(images: np.ndarray, models: Models) -> tuple[float, float]:
 def standard_error(values: np.ndarray) -> float:
     """Of the mean: sd / √n."""
     return values.std(ddof=1) / np.sqrt(len(values))
+
+
+def bootstrap(
+    statistic: Callable[..., float], *samples: np.ndarray, seed: int, n_bootstrap: int = 1000
+) -> tuple[float, float, float]:
+    """A statistic of pictures and its 95 % interval: value, low, high.
+
+    The interval is the middle 95 % of the statistic's values on resampled pictures.
+
+    Args:
+        statistic: takes arrays like `samples` and gives a number.
+        samples: arrays (n, …) whose rows belong together, for instance scores of pictures from the
+            same noise before and after. A resample takes the same rows from all of them.
+
+    Raises:
+        ValueError: the samples differ in length, or have fewer than two rows.
+    """
+    lengths = [len(sample) for sample in samples]
+    if len(set(lengths)) != 1 or lengths[0] < 2:
+        raise ValueError(
+            f"samples of {lengths} rows: a bootstrap resamples rows that belong together, so all "
+            "need the same number of them, at least 2"
+        )
+    picks = np.random.default_rng(seed).integers(lengths[0], size=(n_bootstrap, lengths[0]))
+    values = [statistic(*(sample[pick] for sample in samples)) for pick in picks]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(statistic(*samples)), float(low), float(high)
+
+
+def effect_size(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """The change of the mean in standard deviations of `before`, and its 95 % interval.
+
+    Args:
+        before, after: (n,), entry i of both from the same noise.
+
+    Raises:
+        ValueError: the lengths differ, or all of `before` is one value.
+    """
+    if np.ptp(before) == 0:
+        raise ValueError(
+            f"all {len(before)} values before are {before[0]}: there is no standard deviation to "
+            "measure a change in"
+        )
+
+    def change(before: np.ndarray, after: np.ndarray) -> float:
+        return (after.mean() - before.mean()) / before.std(ddof=1)
+
+    return bootstrap(change, before, after, seed=seed)

@@ -49,7 +49,7 @@ def save(fig: plt.Figure, name: str, page: Page, source_runs: list[str] = ()) ->
     """Save a figure as PNG and PDF under figures/<profile>/ and enter it in the manifest.
 
     Args:
-        name: "fig_<chapter>_<number>_<slug>", the figure's public name.
+        name: the figure's public name, see `identifier`.
         page: the notebook that draws it, from `notebook.begin`.
         source_runs: names of the runs whose data it shows.
 
@@ -75,6 +75,12 @@ def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Pat
 
 def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int, gap: int = 1) -> None:
     """Draw uint8 pictures (N, H, W, C) side by side on an axis, `columns` in a row."""
+    ax.imshow(tile(pictures, columns, gap), interpolation="nearest")
+    ax.set_axis_off()
+
+
+def tile(pictures: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
+    """uint8 pictures (N, H, W, C) → one, `columns` in a row, with `gap` white pixels between."""
     n, height, width, channels = pictures.shape
     rows = -(-n // columns)
     canvas = np.full(
@@ -83,18 +89,20 @@ def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int, gap: int = 1)
     for i, picture in enumerate(pictures):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = picture
-    ax.imshow(canvas, interpolation="nearest")
-    ax.set_axis_off()
+    return canvas
 
 
 def identifier(name: str) -> str:
     """The artefact's number in the thesis: "fig_5_3_learning_curves" → "5.3", "table_5_1" →
-    "table 5.1", "fig_b_1_…" → "B.1"."""
+    "table 5.1", "fig_b_1_…" → "B.1". What the thesis does not have is named after its notebook:
+    "extra_54_factor_shifts" → "extra 54"."""
+    if extra := re.fullmatch(r"extra_(\d\d)_[a-z0-9_]+", name):
+        return f"extra {extra[1]}"
     match = re.fullmatch(r"(fig|table)_([0-9]+|[a-d])_([0-9]+)(_[a-z0-9_]+)?", name)
     if match is None:
         raise ValueError(
-            f"{name!r} is no artefact's name: use fig_<chapter>_<number>_<slug> or "
-            "table_<chapter>_<number>"
+            f"{name!r} is no artefact's name: use fig_<chapter>_<number>_<slug>, "
+            "table_<chapter>_<number> or extra_<notebook>_<slug>"
         )
     number = f"{match[2].upper()}.{match[3]}"
     return f"table {number}" if match[1] == "table" else number

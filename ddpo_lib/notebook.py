@@ -72,7 +72,7 @@ def finetuned(profile: Profile, runs: list[Run]) -> list[Path]:
     if missing:
         minutes = ""
         if all(run.source.startswith("toy/") for run in missing):
-            minutes = f", about {batch.seconds(profile, missing, 0, cores=1) / 60:.0f} min"
+            minutes = f", about {batch.seconds(profile, missing, {}, cores=1) / 60:.0f} min"
         print(f"to be finetuned first{minutes}: {', '.join(run.name for run in missing)}")
     with bars():
         return [finetune.finetune(run) for run in runs]

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ddpo_lib import hub
 
 SUPPORTED = {"prediction_type": "epsilon", "clip_sample_range": 1, "thresholding": False}
 
@@ -49,31 +52,33 @@ class Transition:
     """(N, C, H, W) float32: the clean picture x~_0 predicted from x_t (equation 2.25)."""
 
 
-def load(source: str | Path, device: str | None = None, bf16: bool = True) -> Policy:
+def load(
+    source: str | Path, device: str | None = None, bf16: bool = True, base: str | Path | None = None
+) -> Policy:
     """Load a policy.
 
     Args:
-        source: a folder that `diffusers.DDPMPipeline.from_pretrained` accepts, or a Hub id.
+        source: the id of a model on the Hub, "google/ddpm-church-256", with a commit, tag or branch
+            after an @ if it is not to be the newest; or a folder of a `DDPMPipeline` or
+            `DDIMPipeline`, also of the older layout with every file at its root; or a .pth file
+            that the thesis's code wrote.
         device: "cpu", "cuda", …; by default a GPU if there is one.
         bf16: run the network under bfloat16 autocast.
+        base: source of the policy that a .pth file was finetuned from: such a file has weights
+            alone, and neither the network's layout nor its schedule.
 
     Raises:
-        FileNotFoundError: the folder is missing, incomplete or truncated, or the Hub gave nothing.
-        ValueError: the model is of a kind that this library does not finetune.
+        FileNotFoundError: the folder or file is missing, incomplete or truncated, or the Hub gave
+            nothing; says what to do.
+        ValueError: the model is of a kind that this library does not finetune, or the weights of a
+            .pth file are another network's.
     """
     source = str(source)
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_like_path and not Path(source).is_dir():
-        raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
-    try:
-        pipeline = DDPMPipeline.from_pretrained(source)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"cannot load a policy from {source!r}. It must be a complete DDPMPipeline folder "
-            "(model_index.json, unet/, scheduler/) or the id of a model on the Hugging Face Hub, "
-            "which needs a network or a warm cache. "
-            f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
+    if source.endswith(".pth"):
+        pipeline = _pipeline(_base_of(source, base))
+        _load_weights(pipeline.unet, source)
+    else:
+        pipeline = _pipeline(source)
     found = {name: pipeline.scheduler.config[name] for name in SUPPORTED}
     found["learned variance"] = (
         pipeline.unet.config.out_channels != pipeline.unet.config.in_channels
@@ -84,10 +89,61 @@ def load(source: str | Path, device: str | None = None, bf16: bool = True) -> Po
             f"supported, {SUPPORTED}, not {found}"
         )
     scheduler = pipeline.scheduler
+    if not isinstance(scheduler, DDPMScheduler):  # a DDIMPipeline's: other steps, the same noise
+        scheduler = DDPMScheduler.from_config(scheduler.config)
     unet = pipeline.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
     return Policy(unet, scheduler, bf16)
+
+
+def _pipeline(source: str) -> DDPMPipeline:
+    if hub.locate(source) is None and not Path(source).is_dir():
+        raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
+    folder = hub.fetch("policy", source)
+    # Left to itself, diffusers calls a .bin file unsafe, which it nonetheless reads weights-only.
+    safetensors = any(folder.rglob("diffusion_pytorch_model*.safetensors"))
+    try:
+        return DDPMPipeline.from_pretrained(folder, use_safetensors=safetensors)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"cannot load a policy from {source!r}. It must be a complete folder of a DDPMPipeline "
+            "or DDIMPipeline (model_index.json, and unet/ and scheduler/ or their files beside it) "
+            "or the id of such a model on the Hugging Face Hub. "
+            f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _base_of(file: str, base: str | Path | None) -> str:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no policy at {file!r}: the file does not exist")
+    if base is None:
+        raise ValueError(
+            f"{file} holds weights alone: name the policy that it was finetuned from too, "
+            "policy.load(file, base='google/ddpm-celebahq-256'). policy.save then makes a folder "
+            "of it, which a profile can name"
+        )
+    return str(base)
+
+
+def _load_weights(unet: UNet2DModel, file: str) -> None:
+    """Put the `model_state_dict` of the thesis's code into the network."""
+    # Beside the weights lies the best reward, a numpy scalar, under numpy 1's or numpy 2's name.
+    scalar = np.float64(0).__reduce__()[0]
+    numpy_scalars = [
+        scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype,
+        *{type(np.dtype(kind)) for kind in ("f4", "f8")},
+    ]  # fmt: skip
+    try:
+        with torch.serialization.safe_globals(numpy_scalars):
+            content = torch.load(file, "cpu", weights_only=True, mmap=True)
+        unet.load_state_dict(content["model_state_dict"])
+    except Exception as error:
+        raise ValueError(
+            f"{file} is no checkpoint of the thesis's code (a .pth with `model_state_dict`), or it "
+            "is damaged, or its base is another policy. "
+            f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def save(policy: Policy, folder: str | Path) -> None:

@@ -1,11 +1,13 @@
 """A run's folder, data/runs/<profile>/<policy>-<task>-s<seed>/:
 
-settings.json         everything that decided the run
+settings.json         everything that decided the run, with sha256 of its models or, from the Hub,
+                      their commits
 metrics.csv           one row per optimizer step, see `ppo.UpdateMetrics`
 iterations.csv        one row per iteration: training and development rewards, seconds
 rewards.csv           every sampled picture's reward
 development/NNN.npz   the development set after NNN iterations: pictures and rewards
-last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position
+last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position, best/ a
+                      model card
 evaluation.json       the evaluation set's scores, written when everything is done
 """
 
@@ -23,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from ddpo_lib import paths, policy
+from ddpo_lib import hub, model_card, paths, policy
 from ddpo_lib.config import Run
 
 
@@ -155,20 +157,24 @@ def load_checkpoint(home: Path, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def save_best(home: Path, model: policy.Policy) -> None:
-    """Write best/, a plain DDPMPipeline folder, all or nothing."""
+    """Write best/, a plain DDPMPipeline folder with a model card, all or nothing."""
     draft = _draft(home / "best")
     policy.save(model, draft)
+    (draft / "README.md").write_text(model_card.write(home))
     _replace_folder(draft, home / "best")
 
 
 def fingerprint(source: str) -> str | None:
-    """sha256 of a model folder's weights, so that retrained weights are other settings.
+    """What tells a source's weights from others, so that retrained weights are other settings.
 
-    None for a source that is no local folder.
+    sha256 of a local folder's or file's weights; the commit of a model on the Hub; None for a
+    folder without weights.
     """
-    files = sorted(Path(source).rglob("*.safetensors"))
+    path = Path(source)
+    kinds = (".safetensors", ".bin", ".pth")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in kinds)
     if not files:
-        return None
+        return hub.commit(source)
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
@@ -189,9 +195,13 @@ def _explained(home: Path) -> Iterator[None]:
 
 def _as_json(run: Run) -> dict:
     content = dataclasses.asdict(run)
-    content["sha256"] = {
-        name: fingerprint(paths.resolve(source)) for name, source in run.sources.items()
-    }
+    local, remote = {}, {}
+    for name, source in run.sources.items():
+        source = paths.resolve(source)
+        (remote if hub.locate(source) else local)[name] = fingerprint(source)
+    content["sha256"] = local
+    if remote:
+        content["commits"] = remote
     return json.loads(json.dumps(content))
 
 

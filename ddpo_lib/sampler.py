@@ -1,10 +1,11 @@
-"""Denoising from noise to picture: trajectories with their log-probabilities, or samples alone."""
+"""Between noise and picture: trajectories with log-probabilities, samples, and the way back."""
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from ddpo_lib.log_probs import log_prob
@@ -83,12 +84,19 @@ def sample(
     generator: torch.Generator | None = None,
     batch_size: int = 100,
     progress: str | None = None,
+    skip: int = 0,
 ) -> torch.Tensor:
     """The finished pictures x_0 (N, C, H, W) in [-1, 1], without keeping the way there.
 
     Arguments as in `rollout`; at eta = 0 the result is a function of x_T alone.
+
+    Args:
+        skip: how many of the first steps to leave out. `x_T` is then a state from the middle of a
+            chain of `n_steps`, that of `timesteps(policy, n_steps)[skip]`.
     """
-    chain = _chain(policy, x_T, n_steps, eta, generator, batch_size, progress)
+    if not 0 <= skip < n_steps:
+        raise ValueError(f"skip={skip}: of {n_steps} steps, 0 to {n_steps - 1} can be left out")
+    chain = _chain(policy, x_T, n_steps, eta, generator, batch_size, progress, skip)
     last = deque(chain, maxlen=1).pop()
     return last[2]
 
@@ -104,19 +112,72 @@ def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 100) -> t
 
 
 @torch.no_grad()
-def _chain(policy, x_T, n_steps, eta, generator, batch_size, progress) -> Iterator:
+def invert(
+    policy: Policy,
+    x_0: torch.Tensor,
+    n_steps: int,
+    n_evaluations: int = 1,
+    batch_size: int = 100,
+    progress: str | None = None,
+) -> torch.Tensor:
+    """DDIM inversion (section 2.7): the states from which the sampler would come to given pictures.
+
+    A step at eta = 0 is x_{t-1} = c_t x_t + d_t eps_theta(x_t, t), by equation 2.27 with
+    c_t = sqrt(alpha_bar_{t-1} / alpha_bar_t). Backwards, x_t stands on both sides:
+
+        x_t = (x_{t-1} - d_t eps_theta(x_t, t)) / c_t .
+
+    It is found by putting a guess into the right-hand side, first x_{t-1} itself. Doing so once is
+    the usual inversion, an approximation that improves with the number of steps; each further
+    evaluation goes on from the last one's result, towards the exact inverse.
+
+    The clamp of x~ has no inverse and is left out, whatever the policy says; `unclamped` makes the
+    sampler that belongs to the result.
+
+    Args:
+        x_0: (N, C, H, W) pictures in [-1, 1].
+        n_steps: as in `rollout`.
+        n_evaluations: of the network, per step.
+
+    Returns:
+        (n_steps + 1, N, C, H, W) float32, in the order of `Trajectory.states`: x_T first, x_0 last.
+        `sample(policy, states[k], n_steps, skip=k)` goes on from state k.
+
+    Raises:
+        ValueError: pictures that the policy does not draw, or no evaluation.
+    """
+    _check_shape(policy, x_0)
+    if n_evaluations < 1:
+        raise ValueError(f"n_evaluations={n_evaluations}: each step needs at least 1")
+    policy = unclamped(policy)
+    steps = timesteps(policy, n_steps)
+    alpha_bar = torch.cat([policy.alpha_bar.cpu()[steps], torch.ones(1)])
+    c = (alpha_bar[1:] / alpha_bar[:-1]).sqrt()
+    backwards = list(zip(_pairs(policy, n_steps), c, strict=True))[::-1]
+    states = [x_0]
+    for (t, t_prev), c_t in tqdm(backwards, desc=progress, disable=progress is None, leave=False):
+        x_prev = x_t = states[-1]
+        for _ in range(n_evaluations):
+            mean, _, _ = _step(policy, x_t, t, t_prev, 0.0, batch_size)
+            x_t = x_t + (x_prev - mean) / c_t
+        states.append(x_t)
+    return torch.stack(states[::-1])
+
+
+def unclamped(policy: Policy) -> Policy:
+    """The policy without the clamp of x~ to [-1, 1]; the network is the same object."""
+    scheduler = DDPMScheduler.from_config(policy.scheduler.config, clip_sample=False)
+    return replace(policy, scheduler=scheduler)
+
+
+@torch.no_grad()
+def _chain(policy, x_T, n_steps, eta, generator, batch_size, progress, skip=0) -> Iterator:
     """Yield (mean, std, x_prev) of each step, from noise to picture."""
-    if tuple(x_T.shape[1:]) != policy.image_shape:
-        raise ValueError(
-            f"noise of shape {tuple(x_T.shape)} does not fit a policy that draws pictures of "
-            f"shape {policy.image_shape}; make it with sampler.noise(policy, n, seed)"
-        )
+    _check_shape(policy, x_T)
     if eta > 0 and generator is None:
         raise ValueError(f"eta={eta}: a stochastic sampler needs a generator")
     x = x_T
-    steps = timesteps(policy, n_steps)
-    previous = [*steps[1:], torch.tensor(-1)]
-    pairs = list(zip(steps, previous, strict=True))
+    pairs = _pairs(policy, n_steps)[skip:]
     for t, t_prev in tqdm(pairs, desc=progress, disable=progress is None, leave=False):
         mean, std, _ = _step(policy, x, t, t_prev, eta, batch_size)
         x = mean
@@ -124,6 +185,20 @@ def _chain(policy, x_T, n_steps, eta, generator, batch_size, progress) -> Iterat
             z = torch.randn(x.shape, generator=generator).to(x.device)
             x = mean + std.view(-1, 1, 1, 1) * z
         yield mean, std, x
+
+
+def _pairs(policy, n_steps) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """From where to where each step goes, from noise to picture."""
+    steps = timesteps(policy, n_steps)
+    return list(zip(steps, [*steps[1:], torch.tensor(-1)], strict=True))
+
+
+def _check_shape(policy, x) -> None:
+    if tuple(x.shape[1:]) != policy.image_shape:
+        raise ValueError(
+            f"a batch of shape {tuple(x.shape)} does not fit a policy that draws pictures of "
+            f"shape {policy.image_shape}; make noise with sampler.noise(policy, n, seed)"
+        )
 
 
 def _step(policy, x_t, t, t_prev, eta, batch_size) -> tuple[torch.Tensor, ...]:

@@ -104,7 +104,7 @@ def new_run(tmp_path, monkeypatch, new_policy, brightness):
             task="brighter",
             reward="own_rewards:brightness",
             seed=seed,
-            models=Models("no/clip", "no/aesthetic", "no/age"),
+            models=Models("no-clip", "no-aesthetic", "no-age"),
             settings=Finetune(**small | settings),
         )
 

@@ -1,5 +1,8 @@
 """Profiles: defaults, overrides, and every mistake a reader can make in one."""
 
+import dataclasses
+
+import pandas as pd
 import pytest
 import yaml
 
@@ -189,3 +192,80 @@ def test_missing_part_of_a_profile_is_named(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"mine.yaml: missing \['tasks'\]"):
         config.load("mine")
+
+
+# ------------------------------------------------------------------------------- thesis
+
+
+def test_thesis_world_has_the_toy_worlds_runs_and_tasks():
+    """The same notebooks run in both."""
+    toy, thesis = config.load("toy"), config.load("thesis")
+    assert set(toy.tasks) <= set(thesis.tasks)
+    assert {run.name for run in toy.batch()} == {run.name for run in thesis.batch()}
+    for run in thesis.batch():
+        assert run.reward == toy.run(run.policy, run.task).reward
+
+
+def test_thesis_world_uses_the_thesis_models():
+    thesis = config.load("thesis")
+    sources = {**thesis.policies, **dataclasses.asdict(thesis.models)}
+    names = {name: source.partition("@")[0] for name, source in sources.items()}
+    assert names["faces"] == "google/ddpm-celebahq-256"
+    assert names["churches"] == "google/ddpm-church-256"
+    assert names["clip"] == "ViT-L-14:openai"
+    assert names["age"] == "nateraw/vit-age-classifier"
+    assert (thesis.evaluation.n, thesis.evaluation.n_steps) == (1000, 40)
+
+
+@pytest.mark.parametrize("policy", ["faces", "churches"])
+@pytest.mark.parametrize("task", ["compressibility", "incompressibility", "aesthetic"])
+def test_thesis_world_has_the_settings_of_table_a_2(policy, task):
+    table = pd.read_csv(paths.THESIS / "table_a_2.csv", index_col="setting")[task].dropna()
+    settings = dataclasses.asdict(config.load("thesis").run(policy, task).settings)
+    for name in table.index.intersection(list(settings)):
+        schedule_off = name == "peak_learning_rate" and settings["lr_schedule"] == "constant"
+        expected = type(settings[name])(table[name])
+        assert schedule_off or settings[name] == expected, name
+    assert settings["n_samples"] // settings["minibatch_size"] == int(
+        table["updates_per_iteration"]
+    )
+
+
+def test_thesis_world_keeps_every_step_and_the_defaults_of_the_method():
+    settings = config.load("thesis").run("faces", "over50").settings
+    changed = config.Finetune(micro_batch=settings.micro_batch)
+    assert settings == changed
+
+
+def test_low_rates_of_figure_5_7():
+    thesis = config.load("thesis")
+    rates = [thesis.run("faces", f"aesthetic-{name}-lr").settings for name in ("low", "lower")]
+    assert [s.learning_rate for s in rates] == [9e-8, 7e-8]
+    assert {s.lr_schedule for s in rates} == {"constant"}
+    assert {s.n_iterations for s in rates} == {35}
+
+
+def test_published_policies_are_the_seven_of_table_5_1():
+    thesis = config.load("thesis")
+    table = pd.read_csv(paths.THESIS / "table_5_1.csv")
+    names = {"google/ddpm-celebahq-256": "faces", "google/ddpm-church-256": "churches"}
+    for row in table.itertuples():
+        published = thesis.published(thesis.run(names[row.policy], row.task))
+        kind = row.policy.removeprefix("google/ddpm-")
+        assert published == f"alkzar90/ddpo-{row.task}-{kind}"
+    assert sum(len(tasks) for tasks in thesis.finetuned.values()) == len(table) == 7
+    assert thesis.published(thesis.run("faces", "aesthetic-low-lr")) is None
+    toy = config.load("toy")
+    assert all(toy.published(run) is None for run in toy.batch())
+
+
+@pytest.mark.parametrize(
+    "finetuned, message",
+    [
+        ({"cats": {"aesthetic": "a/b"}}, "unknown policy 'cats'"),
+        ({"faces": {"red": "a/b"}}, "unknown task 'red'"),
+    ],
+)
+def test_published_policy_of_an_unknown_task_is_found_when_it_is_read(load, finetuned, message):
+    with pytest.raises(ValueError, match=message):
+        load(finetuned=finetuned)

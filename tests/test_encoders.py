@@ -1,5 +1,6 @@
 """CLIP, the aesthetic head, the age classifier: what their own libraries answer, and errors."""
 
+import hashlib
 import json
 import shutil
 
@@ -180,4 +181,57 @@ def test_damaged_or_missing_classifier_is_an_error(copy):
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
         encoders.load_age_classifier(folder)
     with pytest.raises(FileNotFoundError, match="nateraw/vit-age-classifier"):
+        encoders.load_age_classifier("no/such/folder")
+    with pytest.raises(
+        FileNotFoundError, match="'nobody/nothing', the id of a model on the Hugging"
+    ):
         encoders.load_age_classifier("nobody/nothing")
+
+
+# ------------------------------------------------------------------------------- published formats
+
+
+@pytest.fixture
+def published_head(tmp_path, monkeypatch):
+    """A head in the format of the published file, which is taken for that file."""
+    file = tmp_path / "sac+logos+ava1-l14-linearMSE.pth"
+    torch.save(encoders.AestheticHead(12).state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(encoders, "LAION_HEAD_SHA256", digest)
+    return file
+
+
+def test_head_loads_from_the_published_format(published_head):
+    head = encoders.load_aesthetic_head(published_head, "cpu")
+    state = torch.load(published_head, weights_only=True)
+    assert all(head.state_dict()[name].equal(value) for name, value in state.items())
+    assert not head.training
+
+
+def test_any_other_pickle_is_refused_before_it_is_read(published_head, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("an unknown pickle was opened")
+
+    monkeypatch.setattr(encoders.torch, "load", read)
+    published_head.write_bytes(published_head.read_bytes() + b"0")
+    with pytest.raises(
+        ValueError, match=r"not the head that LAION published.*its sha256 is [0-9a-f]"
+    ):
+        encoders.load_aesthetic_head(published_head)
+
+
+def test_published_hash():
+    """Of sac+logos+ava1-l14-linearMSE.pth; the file itself is no part of this project."""
+    assert encoders.LAION_HEAD_SHA256.startswith("21dd590f3ccdc646f0d53120778b2960")
+
+
+def test_head_loads_from_a_file_of_safetensors(tmp_path):
+    head = encoders.AestheticHead(12)
+    save_file(head.state_dict(), tmp_path / "mine.safetensors")
+    x = torch.ones(1, 12)
+    assert encoders.load_aesthetic_head(tmp_path / "mine.safetensors")(x).equal(head.eval()(x))
+
+
+def test_missing_published_head_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.pth is missing"):
+        encoders.load_aesthetic_head(tmp_path / "nothing.pth")

@@ -189,3 +189,16 @@ def test_misspelled_parameter_is_an_error(kernel):
 
 def test_assigned_names():
     assert notebook.assigned_names("# Parameters\na = 1\nb = {'c': 2}\nprint(a)\n") == ["a", "b"]
+
+
+# ----------------------------------------------------------------------------------------- tiles
+
+
+def test_tile_keeps_every_pixel_and_leaves_gaps_and_missing_places_white():
+    pictures = np.arange(1, 4, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(2, 1)  # 2 high, 1 wide
+    assert figures.tile(pictures, columns=2, gap=0)[..., 0].tolist() == [
+        [1, 2], [1, 2], [3, 255], [3, 255],
+    ]  # fmt: skip
+    row = [1, 255, 255, 2, 255, 255, 3]
+    assert figures.tile(pictures, columns=3, gap=2)[..., 0].tolist() == [row, row]
+    assert figures.tile(pictures, columns=1).dtype == np.uint8

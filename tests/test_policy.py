@@ -1,10 +1,12 @@
 """The transition against diffusers' own DDIM step; loading and saving."""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.testing import assert_close
 
 from ddpo_lib import policy as policies
@@ -200,3 +202,177 @@ def test_a_long_leap_to_the_end_of_the_chain_is_finite(policy):
     x_t = torch.zeros(len(t), 3, 2, 2)
     fixed = Policy(FixedNoise(torch.ones_like(x_t)), policy.scheduler, bf16=False)
     assert transition(fixed, x_t, t, t_prev).mean.isfinite().all()
+
+
+# ------------------------------------------------------------------------------- other formats
+
+
+def same_weights(unet, state):
+    return all(unet.state_dict()[name].equal(value) for name, value in state.items())
+
+
+@pytest.fixture
+def with_attention():
+    """A network with the blocks, the config and the fields of google/ddpm-*, but tiny."""
+    torch.manual_seed(7)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    ).eval()
+
+
+def write_old_layout(folder, unet):
+    """As on the Hub since 2022: all files at the root, a pickle, the attention's former names."""
+    folder.mkdir()
+    former = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value."}
+    former |= {".to_out.0.": ".proj_attn."}
+    state = {}
+    for name, value in unet.state_dict().items():
+        for now, then in former.items():
+            name = name.replace(now, then)
+        state[name] = value
+    assert any("proj_attn" in name for name in state)
+    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    later = {"add_attention", "attn_norm_num_groups", "class_embed_type", "downsample_type"}
+    later |= {"dropout", "mid_block_type", "num_class_embeds", "num_train_timesteps"}
+    later |= {"time_embedding_dim", "upsample_type"}
+    config = {"_class_name": "UNet2DModel", "_diffusers_version": "0.0.4"}
+    config |= {name: v for name, v in unet.config.items() if name[0] != "_" and name not in later}
+    schedule = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02}
+    schedule |= {"beta_schedule": "linear", "beta_start": 0.0001, "clip_sample": True}
+    schedule |= {"num_train_timesteps": 1000, "trained_betas": None, "variance_type": "fixed_small"}
+    index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.0.4"}
+    index |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    for name, content in (
+        ("config", config), ("scheduler_config", schedule), ("model_index", index),
+    ):  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_older_layout_loads(with_attention, tmp_path, capfd):
+    write_old_layout(tmp_path / "old", with_attention)
+    loaded = policies.load(tmp_path / "old", "cpu", bf16=False)
+    assert same_weights(loaded.unet, with_attention.state_dict())
+    assert loaded.alpha_bar.equal(DDPMScheduler(1000).alphas_cumprod)
+    assert loaded.scheduler.config.clip_sample
+    assert timesteps(loaded, 40).tolist() == list(range(975, -1, -25))
+    x_t, t = torch.zeros(1, 3, 8, 8), torch.tensor([500])
+    assert predict_noise(loaded, x_t, t).equal(with_attention(x_t, t).sample)
+    assert "unsafe" not in "".join(capfd.readouterr())
+
+    policies.save(loaded, tmp_path / "new")
+    again = DDPMPipeline.from_pretrained(tmp_path / "new", use_safetensors=True)
+    assert same_weights(again.unet, with_attention.state_dict())
+
+
+def test_of_a_pickle_and_safetensors_the_latter_is_read(policy, new_policy, tmp_path):
+    policies.save(policy, tmp_path / "both")
+    torch.save(
+        new_policy(seed=4).unet.state_dict(), tmp_path / "both/unet/diffusion_pytorch_model.bin"
+    )
+    assert same_weights(policies.load(tmp_path / "both", "cpu").unet, policy.unet.state_dict())
+
+
+class Attack:
+    """A pickle that would write a file if it were trusted."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_pickles_are_not_trusted(with_attention, tmp_path):
+    write_old_layout(tmp_path / "old", with_attention)
+    state = {"x": Attack(tmp_path / "trap")}
+    torch.save(state, tmp_path / "old" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="cannot load a policy from"):
+        policies.load(tmp_path / "old")
+    torch.save({"model_state_dict": state}, tmp_path / "mine.pth")
+    policies.save(Policy(with_attention, DDPMScheduler(1000)), tmp_path / "base")
+    with pytest.raises(ValueError, match="no checkpoint of the thesis's code"):
+        policies.load(tmp_path / "mine.pth", base=tmp_path / "base")
+    assert not (tmp_path / "trap").exists()
+
+
+def test_ddim_pipeline_loads_and_is_saved_for_ddpm(policy, tmp_path):
+    scheduler = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    DDIMPipeline(policy.unet, scheduler).save_pretrained(tmp_path / "ddim")
+    loaded = policies.load(tmp_path / "ddim", "cpu", bf16=False)
+    assert same_weights(loaded.unet, policy.unet.state_dict())
+    assert loaded.alpha_bar.equal(scheduler.alphas_cumprod)
+    assert loaded.scheduler.config.clip_sample is False
+
+    policies.save(loaded, tmp_path / "ddpm")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "ddpm")
+    assert isinstance(pipeline.scheduler, DDPMScheduler)
+    assert pipeline.scheduler.alphas_cumprod.equal(scheduler.alphas_cumprod)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(2, num_inference_steps=3, output_type="np").images
+    assert drawn.shape == (2, 8, 8, 3) and np.isfinite(drawn).all()
+
+
+@pytest.fixture
+def checkpoint(policy, new_policy, tmp_path):
+    """What the thesis's code saves: a finetuned network's weights, both optimizers, a reward."""
+    finetuned = new_policy(seed=9)
+    optimizer = torch.optim.AdamW(finetuned.unet.parameters())
+    content = {
+        "model_state_dict": finetuned.unet.state_dict(),
+        "policy_optimizer_state_dict": optimizer.state_dict(),
+        "value_optimizer_state_dict": optimizer.state_dict(),
+        "best_reward": np.float64(5.58),
+    }
+    torch.save(content, tmp_path / "task-ckpt.pth")
+    policies.save(policy, tmp_path / "base")
+    return tmp_path / "task-ckpt.pth"
+
+
+def test_checkpoint_of_the_thesis_code_loads_into_its_base(checkpoint, new_policy, tmp_path):
+    loaded = policies.load(checkpoint, "cpu", base=tmp_path / "base")
+    assert same_weights(loaded.unet, new_policy(seed=9).unet.state_dict())
+    policies.save(loaded, tmp_path / "folder")
+    folder = DDPMPipeline.from_pretrained(tmp_path / "folder")
+    assert same_weights(folder.unet, new_policy(seed=9).unet.state_dict())
+
+
+def test_checkpoint_written_under_numpy_1_loads(checkpoint, new_policy, tmp_path):
+    """There the scalar's module had another name, which the archive's pickle holds as text."""
+    import zipfile
+
+    old = tmp_path / "old.pth"
+    with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(old, "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(entry.filename, content)
+    loaded = policies.load(old, "cpu", base=tmp_path / "base")
+    assert same_weights(loaded.unet, new_policy(seed=9).unet.state_dict())
+
+
+def test_checkpoint_without_a_base_says_how_to_name_it(checkpoint):
+    with pytest.raises(ValueError, match="weights alone: name the policy.*base='google/ddpm"):
+        policies.load(checkpoint)
+
+
+def test_checkpoint_of_another_network_or_file_is_one_clear_error(checkpoint, new_policy, tmp_path):
+    policies.save(new_policy(widths=(8,)), tmp_path / "other")
+    with pytest.raises(ValueError, match="no checkpoint of the thesis's code.*its base is another"):
+        policies.load(checkpoint, base=tmp_path / "other")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="or it is damaged"):
+        policies.load(checkpoint, base=tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="no policy at .*nothing.pth"):
+        policies.load(tmp_path / "nothing.pth", base=tmp_path / "base")

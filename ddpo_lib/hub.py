@@ -1,0 +1,172 @@
+"""Models on the Hugging Face Hub: what a source names, its files, and what to do when they fail.
+
+A source is a local folder or file; a repository, "google/ddpm-church-256"; a commit, tag or branch
+of it, "google/ddpm-church-256@5a1118b…"; or open_clip's name of a CLIP model that it keeps on the
+Hub, "ViT-L-14:openai", with or without an @.
+"""
+
+import contextlib
+import errno
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, errors, hf_hub_download
+
+LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+FILES = {
+    "clip": [("open_clip_model.safetensors", "open_clip_pytorch_model.bin")],
+    "aesthetic": [("model.safetensors", LAION_HEAD)],
+    "age": [("config.json",), ("preprocessor_config.json",), ("model.safetensors",)],
+}
+"""Kind of model → its files in a repository; of alternatives the first that is there is taken."""
+
+
+def locate(source: str) -> tuple[str, str | None] | None:
+    """The repository of a source and its revision, None for the newest.
+
+    None for a source that is not the Hub's: a path, or a name that nothing knows.
+    """
+    if Path(source).exists():
+        return None
+    name, _, revision = source.partition("@")
+    architecture, _, tag = name.partition(":")
+    if tag:
+        import open_clip  # takes seconds, and most sources do without
+
+        recipe = open_clip.get_pretrained_cfg(architecture, tag)
+        name = recipe.get("hf_hub", "").rpartition("/")[0]
+    if name.count("/") != 1 or name.startswith((".", "/", "~", "toy/")):
+        return None
+    return name, revision or None
+
+
+@functools.cache
+def commit(source: str) -> str | None:
+    """The commit that a source stands for, looked up once in a process; None for a local one.
+
+    Where the Hub is out of reach, it is what the cache took for this revision last.
+
+    Raises:
+        FileNotFoundError: the Hub has no such repository or revision, or cannot be reached and the
+            cache does not know it; says what to do.
+    """
+    place = locate(source)
+    if place is None:
+        return None
+    repository, revision = place
+    offline = constants.HF_HUB_OFFLINE
+    with explained(source):
+        found = HfApi().resolve_revision(repository, revision=revision, local_files_only=offline)
+    return found.resolved
+
+
+def fetch(kind: str, source: str) -> Path:
+    """The folder with a model's files, or its only file. What the cache lacks is downloaded.
+
+    Args:
+        kind: "policy", "clip", "aesthetic" or "age", as in `config.Run.sources`.
+        source: see the head of this module; a local one is returned as it is.
+
+    Raises:
+        FileNotFoundError: the files cannot be had; says why and what to do.
+    """
+    place = locate(source)
+    if place is None:
+        return Path(source)
+    where = {"revision": commit(source), "local_files_only": constants.HF_HUB_OFFLINE}
+    with explained(source):
+        if kind == "policy":
+            from diffusers import DDPMPipeline  # takes seconds
+
+            return Path(DDPMPipeline.download(place[0], **where))
+        files = [_first(place[0], names, where) for names in FILES[kind]]
+    return files[0].parent if len(files) > 1 else files[0]
+
+
+@contextlib.contextmanager
+def explained(source: str, wish: str = "get") -> Iterator[None]:
+    """Turn whatever the Hub's library raises into one FileNotFoundError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise FileNotFoundError(
+            f"cannot {wish} {source!r}, the id of a model on the Hugging Face Hub: "
+            f"{_advice(error, source)}. Cause: {_cause(error)}"
+        ) from error
+
+
+def _first(repository: str, names: tuple[str, ...], where: dict) -> Path:
+    """The first of the files that the repository has."""
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, **where))
+        except errors.EntryNotFoundError:
+            if name == names[-1]:
+                raise
+
+
+def _advice(error: Exception, source: str) -> str:
+    """What to do about an error, in the words of somebody who wanted a model."""
+    chain = list(_chain(error))
+    repository, revision = locate(source) or (source, None)
+    page = f"{constants.ENDPOINT}/{repository}"
+
+    def is_any(*kinds):
+        return any(isinstance(each, kinds) for each in chain)
+
+    numbers = {getattr(each, "errno", None) for each in chain}
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
+        return (
+            f"the disk of its cache, {constants.HF_HUB_CACHE}, is full. Free some space, or set "
+            "HF_HOME to a folder on a larger disk, and start again"
+        )
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return (
+            f"its cache, {constants.HF_HUB_CACHE}, cannot be written. Set HF_HOME to a folder that "
+            "is yours"
+        )
+    if is_any(errors.GatedRepoError):
+        return (
+            f"its owner gives access on request. Ask for it on {page}, then log in here with "
+            "`hf auth login`"
+        )
+    if is_any(errors.RevisionNotFoundError):
+        return (
+            f"{repository} has no revision {revision!r}. Take a commit (all 40 digits), a tag or a "
+            f"branch from {page}/commits/main"
+        )
+    if is_any(errors.RepositoryNotFoundError, errors.HFValidationError):
+        return (
+            f"there is no {repository}, or it is private. Check the spelling; for a private one "
+            "log in with `hf auth login`; a folder of your own must exist"
+        )
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
+    if is_any(errors.LocalTokenNotFoundError) or 401 in statuses or 403 in statuses:
+        return (
+            "it wants to know who you are. Log in with `hf auth login` and a token that allows it"
+        )
+    if is_any(errors.RemoteEntryNotFoundError):
+        return f"{page} lacks a file that this kind of model has. Take another repository"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"HF_HUB_OFFLINE is set and the cache, {constants.HF_HUB_CACHE}, does not have all of "
+            "it. Start once without HF_HUB_OFFLINE, or name a folder that holds the model"
+        )
+    return (
+        "the Hub cannot be reached, or the download broke off. Check the connection and start "
+        "again: what is downloaded stays. Without a network, copy the cache of a machine that has "
+        f"the model to {constants.HF_HUB_CACHE}, or name a folder that holds it"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and the errors behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _cause(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
