@@ -1,0 +1,274 @@
+"""Around the batch: what it will do, checked before it starts, and what it has made.
+
+    python -m ddpo_lib.batch plan toy --cores 2
+    python -m ddpo_lib.batch report toy
+
+The batch itself is the Snakefile.
+"""
+
+import argparse
+import dataclasses
+import heapq
+import json
+import sys
+from pathlib import Path
+
+from papermill import inspect_notebook
+
+from ddpo_lib import config, paths
+from ddpo_lib.config import Profile, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Notebook:
+    """What the batch has to know about a notebook."""
+
+    seconds: int
+    """On one core in profile toy, with the finetunings there; measured."""
+    makes: tuple[str, ...]
+    """The figures and tables that it leaves in figures/<profile>/."""
+
+    @property
+    def files(self) -> list[str]:
+        """Their files: figures as PNG and PDF, tables as CSV."""
+        kinds = {
+            name: ["csv"] if name.startswith("table_") else ["png", "pdf"] for name in self.makes
+        }
+        return [f"{name}.{kind}" for name in self.makes for kind in kinds[name]]
+
+
+NOTEBOOKS = {
+    "00_quickstart": Notebook(90, ("fig_1_1_the_loop",)),
+    "20_forward_process": Notebook(
+        60, ("fig_2_1_forward_process", "fig_2_2_noise_schedule", "fig_2_3_reparameterisation")
+    ),
+    "21_training_a_ddpm": Notebook(90, ("fig_2_4_denoising_matching",)),
+    "22_clip_guidance": Notebook(90, ("fig_2_6_clip_guidance",)),
+    "23_ddim_and_inversion": Notebook(90, ("fig_2_7_ddim_chain", "fig_2_8_ddim_inversion")),
+    "30_policy_gradients": Notebook(60, ("fig_3_1_mdp", "fig_3_3_weighted_trajectories")),
+    "31_reward_models": Notebook(60, ("extra_31_agreement",)),
+    "40_denoising_as_mdp": Notebook(60, ("fig_4_1_denoising_mdp", "fig_4_2_reward_finetuning")),
+    "41_reward_trajectories": Notebook(
+        90, ("fig_4_3_reward_trajectories", "fig_4_4_extreme_trajectories")
+    ),
+    "51_learning_curves": Notebook(20, ("fig_5_3_learning_curves", "fig_5_7_lr_schedule")),
+    "52_results_table": Notebook(60, ("table_5_1",)),
+    "53_samples": Notebook(30, ("fig_5_1_samples_faces", "fig_5_12_samples_churches")),
+    "54_emergent_effects": Notebook(
+        60,
+        (
+            "fig_5_2_emergent_compressibility",
+            "fig_5_5_emergent_incompressibility",
+            "fig_5_8_emergent_aesthetic",
+            "extra_54_factor_shifts",
+        ),
+    ),
+    "55_transitions": Notebook(
+        60,
+        (
+            "fig_5_4_transition_compressibility",
+            "fig_5_6_transition_incompressibility",
+            "fig_5_9_transition_aesthetic",
+            "fig_5_11_transition_over50",
+            "fig_5_13_transitions_churches",
+            "fig_c_1_transition_compressibility",
+            "fig_c_2_transition_compressibility",
+            "fig_c_3_transition_incompressibility",
+            "fig_c_4_transition_incompressibility",
+            "fig_c_5_transition_aesthetic",
+            "fig_c_6_transition_aesthetic",
+            "fig_c_7_transition_over50",
+            "fig_c_8_transition_over50",
+        ),
+    ),
+    "56_age_distribution": Notebook(30, ("fig_5_10_age_distribution",)),
+    "57_mode_collapse": Notebook(60, ("fig_5_14_mode_collapse", "extra_57_proxy_and_true")),
+    "58_galleries": Notebook(
+        60,
+        (
+            "fig_b_1_gallery_faces_pretrained",
+            "fig_b_2_gallery_faces_compressibility",
+            "fig_b_3_gallery_faces_incompressibility",
+            "fig_b_4_gallery_faces_aesthetic",
+            "fig_d_1_gallery_churches_pretrained",
+            "fig_d_2_gallery_churches_compressibility",
+            "fig_d_3_gallery_churches_incompressibility",
+            "fig_d_4_gallery_churches_aesthetic",
+        ),
+    ),
+    "59_development_set": Notebook(
+        30, ("fig_a_1_development_set", "table_a_1", "table_a_2")
+    ),
+}
+"""Every notebook of the batch but 50_finetune, which runs once for each finetuning."""
+
+FINETUNE_PARAMETERS = ("profile", "policy", "task", "seed")
+"""Papermill parameters of 50_finetune in the batch; all other notebooks get the profile alone."""
+
+SECONDS_PER_NETWORK_CALL = 0.002
+"""One picture once through a toy UNet, on one core while the other core does the same; measured on
+two cores of a cloud machine, in bf16."""
+SECONDS_PER_FINETUNING = 20
+"""Starting a kernel, importing, loading models, drawing."""
+BACKWARD = 2
+"""A backward pass in network calls."""
+
+
+def needs_finetunings(notebook: str) -> bool:
+    """Whether the notebook shows finetuned policies: all of chapter 5 and the appendices."""
+    return notebook > "50"
+
+
+def plan(profile_name: str, cores: int) -> str:
+    """What is done, what is to do, and about how long it will take.
+
+    Raises:
+        ValueError: something that would fail later: no such profile, an impossible setting, a
+            missing notebook, a parameter that a notebook does not have.
+    """
+    profile = config.load(profile_name)
+    batch = profile.batch()
+    check_notebooks()
+    lines = [f"Profile {profile.name}: {len(batch)} finetunings and {len(NOTEBOOKS)} notebooks"]
+    for run in batch:
+        done = iterations_done(run)
+        if is_complete(run):
+            state = "done"
+        elif changes := changed_settings(run):
+            state = f"to do again, {', '.join(changes)}"
+            # Snakemake sees files and not settings: without this it would take a run that somebody
+            # made by hand under other settings for the batch's own.
+            (_home(run) / "evaluation.json").unlink(missing_ok=True)
+        elif done:
+            state = f"goes on after {done} of {run.settings.n_iterations} iterations"
+        else:
+            state = f"to do, {run.settings.n_iterations} iterations"
+        lines.append(f"  {run.name:<32} {state}")
+    missing = [run for run in batch if not is_complete(run)]
+    if not missing:
+        lines.append("Every finetuning is done; notebooks run only where something has changed.")
+    elif all(source.startswith("toy/") for source in profile.policies.values()):
+        minutes = seconds(profile, missing, NOTEBOOKS, cores) / 60
+        lines.append(f"This will take about {minutes:.0f} minutes on {cores} cores like those of a "
+                     "laptop. Stop it whenever you like: it goes on where it was.")  # fmt: skip
+    else:
+        lines.append("How long it takes depends on the GPU; the same command in a second terminal "
+                     "shows how far each finetuning is.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def check_notebooks() -> None:
+    """Every notebook is there and has the parameters that the batch gives it, or ValueError.
+
+    Papermill only warns about a name that a notebook does not have.
+    """
+    given = {"50_finetune": FINETUNE_PARAMETERS} | dict.fromkeys(NOTEBOOKS, ("profile",))
+    for notebook, names in given.items():
+        file = paths.NOTEBOOKS / f"{notebook}.ipynb"
+        if not file.is_file():
+            raise ValueError(f"the batch needs {file}, which does not exist")
+        known = set(inspect_notebook(str(file)))
+        if unknown := sorted(set(names) - known):
+            raise ValueError(
+                f"{notebook}: unknown parameter {unknown}; its parameters cell has {sorted(known)}"
+            )
+
+
+def iterations_done(run: Run) -> int:
+    """Iterations that the run's folder holds, 0 if it was made under other settings."""
+    file = _home(run) / "last" / "state.json"
+    if not file.exists() or changed_settings(run):
+        return 0
+    return json.loads(file.read_text())["iterations_done"]
+
+
+def changed_settings(run: Run) -> list[str]:
+    """What differs from the run that lies in the run's folder, none if there is no run."""
+    file = _home(run) / "settings.json"
+    if not file.exists():
+        return []
+    before = _flat(json.loads(file.read_text()))
+    now = _flat(json.loads(json.dumps(dataclasses.asdict(run))))
+    changed = [name for name in now if before.get(name) != now[name]]
+    return [f"{name} {before.get(name)} → {now[name]}" for name in changed]
+
+
+def is_complete(run: Run) -> bool:
+    """Trained to the end and evaluated."""
+    evaluated = (_home(run) / "evaluation.json").exists()
+    return evaluated and iterations_done(run) == run.settings.n_iterations
+
+
+def seconds(profile: Profile, todo: list[Run], notebooks: dict[str, Notebook], cores: int) -> float:
+    """Expected time: finetunings side by side, one a core, then notebooks.
+
+    A network call is one picture through the network once. A rollout is n_samples × n_steps of
+    them; an update goes forward and backward through all steps but the last, which is no action.
+    """
+    evaluation = profile.evaluation.n * profile.evaluation.n_steps
+    durations = []
+    for run in todo:
+        s = run.settings
+        rollout = s.n_samples * s.n_steps
+        update = (1 + BACKWARD) * s.n_samples * (s.n_steps - 1) * s.n_inner_epochs
+        development = s.n_development * s.n_steps
+        remaining = s.n_iterations - iterations_done(run)
+        calls = remaining * (rollout + update + development) + evaluation
+        durations.append(calls * SECONDS_PER_NETWORK_CALL + SECONDS_PER_FINETUNING)
+    free_at = [0.0] * cores
+    durations = sorted(durations, reverse=True) + [entry.seconds for entry in notebooks.values()]
+    for duration in durations:
+        heapq.heapreplace(free_at, free_at[0] + duration)
+    return max(free_at)
+
+
+def report(profile_name: str) -> str:
+    """Figures, tables, finetuned policies and executed notebooks: paths and sizes."""
+    home = paths.RUNS / profile_name
+    made = {
+        "Figures and tables": (paths.FIGURES / profile_name).glob("*.*"),
+        "Finetuned policies": home.glob("*/best"),
+        "Executed notebooks": (home / "notebooks").glob("*.ipynb"),
+    }
+    lines = []
+    for title, files in made.items():
+        lines.append(title)
+        lines += [
+            f"  {_size(file) / 1e3:8,.0f} kB  {file.relative_to(paths.ROOT)}"
+            for file in sorted(files)
+        ]
+    return "\n".join(lines)
+
+
+def _home(run: Run) -> Path:
+    # Not runs.folder: importing torch takes longer than everything else here.
+    return paths.RUNS / run.profile / run.name
+
+
+def _flat(settings: dict) -> dict:
+    own = {name: value for name, value in settings.items() if name != "settings"}
+    return own | settings["settings"]
+
+
+def _size(file: Path) -> int:
+    files = file.rglob("*") if file.is_dir() else [file]
+    return sum(f.stat().st_size for f in files if f.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ddpo_lib.batch", description=__doc__)
+    parser.add_argument("what", choices=["plan", "report"])
+    parser.add_argument("profile")
+    parser.add_argument("--cores", type=int, default=1)
+    arguments = parser.parse_args()
+    try:
+        if arguments.what == "plan":
+            print(plan(arguments.profile, arguments.cores))
+        else:
+            print(report(arguments.profile))
+    except ValueError as error:
+        sys.exit(f"Nothing was run: {error}")
+
+
+if __name__ == "__main__":
+    main()

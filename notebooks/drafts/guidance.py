@@ -1,0 +1,113 @@
+"""Classifier guidance: a policy whose noise prediction leans towards what a loss asks for.
+
+Guidance needs no training and no change of the sampler. `guide` returns a policy like any other, so
+`sampler.sample`, `sampler.rollout` and `sampler.denoised` take it as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from ddpo_lib.encoders import Clip, embed_images, embed_texts
+from ddpo_lib.policy import Policy, predict_noise
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""Pictures (N, C, H, W), about in [-1, 1], to one number each, (N,), differentiable and low where
+the picture is as wished."""
+
+
+def clip_distance(clip: Clip, prompt: str) -> Loss:
+    """1 - cosine between the CLIP embeddings of a picture and of the prompt, in [0, 2]."""
+    with torch.no_grad():
+        text = embed_texts(clip, [prompt])[0]
+    return lambda images: 1 - embed_images(clip, images) @ text
+
+
+def gradient(
+    policy: Policy, loss: Loss, x_t: torch.Tensor, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a loss on the denoised picture with respect to the noisy state.
+
+    The loss sees x~_{t→0} (equation 2.25), not x_t: networks that were trained on pictures are
+    blind in noise. So the gradient passes through the denoiser. x~ is not clamped, because a
+    clamp passes no gradient at saturated pixels.
+
+    Args:
+        x_t: (N, C, H, W) float32.
+        t: (N,) int64 timesteps in [0, T).
+
+    Returns:
+        grad_{x_t} loss(x~_{t→0}) and, as it is there already, eps_theta(x_t, t); each like x_t.
+
+    Raises:
+        ValueError: the loss does not give one number per picture.
+    """
+    # In bfloat16 the derivative is lost at high noise: there it is a small difference of large
+    # terms, divided by a small sqrt(alpha_bar_t).
+    policy = dataclasses.replace(policy, bf16=False)
+    a_t = _alpha_bar(policy, t)
+    with torch.enable_grad():  # samplers run without
+        x_t = x_t.detach().requires_grad_()
+        eps = predict_noise(policy, x_t, t)
+        values = loss((x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt())
+        if values.shape != (len(x_t),):
+            raise ValueError(
+                f"the guidance's loss returned shape {tuple(values.shape)} for {len(x_t)} "
+                f"pictures: it must return one number each, shape ({len(x_t)},)"
+            )
+        (grad,) = torch.autograd.grad(values.sum(), x_t)
+    return grad, eps.detach()
+
+
+def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
+    """The policy under classifier guidance (equation 2.23).
+
+    With log p(y | x_t) = -loss, the guided score is the policy's minus scale · grad loss. A score
+    is -eps / sqrt(1 - alpha_bar_t) (equation 2.21), so the guided policy predicts the noise
+
+        eps_theta(x_t, t) + scale · sqrt(1 - alpha_bar_t) · grad_{x_t} loss(x~_{t→0}).
+
+    Args:
+        loss: what the pictures should make small, for instance `clip_distance`.
+        scale: gamma, at least 0; 0 leaves the policy as it is. A prediction costs a backward pass
+            too, and memory for it: give the sampler a smaller `batch_size` for large networks.
+
+    Raises:
+        ValueError: a negative or infinite scale.
+    """
+    if not 0 <= scale < float("inf"):
+        raise ValueError(
+            f"scale={scale}: gamma must be a number from 0 up; to lean the other way, negate the "
+            "loss"
+        )
+    return dataclasses.replace(policy, unet=_Guided(policy, loss, scale), bf16=False)
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """What a guided policy has in its network's place."""
+
+    policy: Policy
+    loss: Loss
+    scale: float
+
+    @property
+    def config(self):
+        return self.policy.unet.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> SimpleNamespace:
+        grad, eps = gradient(self.policy, self.loss, x_t, t)
+        towards = self.scale * (1 - _alpha_bar(self.policy, t)).sqrt() * grad
+        return SimpleNamespace(sample=eps + towards)
+
+
+def _alpha_bar(policy: Policy, t: torch.Tensor) -> torch.Tensor:
+    """alpha_bar_t, (N, 1, 1, 1)."""
+    return policy.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
