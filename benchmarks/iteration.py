@@ -4,8 +4,8 @@
 
 Both take the same policy, sample 100 trajectories of 20 steps, score them by JPEG size and make 10
 optimizer steps of 10 trajectories each. The straightforward loop is what one writes first, and what
-public code does: float32, diffusers' scheduler, one forward and one backward per timestep, batches
-of 10. The two take turns, and medians are compared. `cosine` is between the two loops' gradients at
+public code does: float32, contiguous format, diffusers' scheduler, one forward and one backward per
+timestep, batches of 10. The two take turns, and medians are compared. `cosine` is between the two loops' gradients at
 the same weights on the same trajectories, both in float32.
 
 Prints one JSON object; progress goes to stderr.
@@ -92,7 +92,8 @@ def our_iteration(learner: policy.Policy, settings: Finetune) -> None:
 
 
 def straightforward_iteration(learner: policy.Policy, settings: Finetune) -> None:
-    unet, scheduler = learner.unet, ddim(learner, settings)
+    unet = learner.unet.to(memory_format=torch.contiguous_format)
+    scheduler = ddim(learner, settings)
     optimizer = new_optimizer(unet, settings)
     generator = torch.Generator().manual_seed(0)
     batches = [sample_batch(unet, scheduler, generator) for _ in range(settings.n_samples // BATCH)]

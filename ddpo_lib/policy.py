@@ -92,9 +92,7 @@ def load(
     if not isinstance(scheduler, DDPMScheduler):  # a DDIMPipeline's: other steps, the same noise
         scheduler = DDPMScheduler.from_config(scheduler.config)
     unet = pipeline.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    if unet.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
-    return Policy(unet, scheduler, bf16)
+    return Policy(unet.to(memory_format=torch.channels_last), scheduler, bf16)
 
 
 def _pipeline(source: str) -> DDPMPipeline:

@@ -128,7 +128,7 @@ def save_checkpoint(
     draft = _draft(home / "last")
     policy.save(model, draft)
     moments = {
-        f"{i}.{key}": value.contiguous()  # on a GPU they are channels_last, as the weights are
+        f"{i}.{key}": value.contiguous()  # they are channels_last, as the weights are
         for i, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
