@@ -5,8 +5,8 @@
 Both take the same policy, sample 100 trajectories of 20 steps, score them by JPEG size and make 10
 optimizer steps of 10 trajectories each. The straightforward loop is what one writes first, and what
 public code does: float32, contiguous format, diffusers' scheduler, one forward and one backward per
-timestep, batches of 10. The two take turns, and medians are compared. `cosine` is between the two loops' gradients at
-the same weights on the same trajectories, both in float32.
+timestep, batches of 10. The two take turns, and medians are compared. `cosine` is between the two
+loops' gradients at the same weights on the same trajectories, both in float32.
 
 Prints one JSON object; progress goes to stderr.
 """

@@ -2,17 +2,20 @@
 
     python -m ddpo_lib.batch plan toy --cores 2
     python -m ddpo_lib.batch report toy
+    python -m ddpo_lib.batch adopt toy
 
 The batch itself is the Snakefile.
 """
 
 import argparse
+import ast
 import dataclasses
 import heapq
 import json
 import sys
 from pathlib import Path
 
+import nbformat
 from papermill import inspect_notebook
 
 from ddpo_lib import config, paths
@@ -38,9 +41,65 @@ class Notebook:
 
 
 NOTEBOOKS = {
+    "00_quickstart": Notebook(90, ("fig_1_1_the_loop",)),
+    "20_forward_process": Notebook(
+        60, ("fig_2_1_forward_process", "fig_2_2_noise_schedule", "fig_2_3_reparameterisation")
+    ),
+    "21_training_a_ddpm": Notebook(90, ("fig_2_4_denoising_matching",)),
+    "22_clip_guidance": Notebook(90, ("fig_2_6_clip_guidance",)),
+    "23_ddim_and_inversion": Notebook(90, ("fig_2_7_ddim_chain", "fig_2_8_ddim_inversion")),
+    "30_policy_gradients": Notebook(60, ("fig_3_1_mdp", "fig_3_3_weighted_trajectories")),
+    "31_reward_models": Notebook(60, ("extra_31_agreement",)),
+    "40_denoising_as_mdp": Notebook(60, ("fig_4_1_denoising_mdp", "fig_4_2_reward_finetuning")),
+    "41_reward_trajectories": Notebook(
+        90, ("fig_4_3_reward_trajectories", "fig_4_4_extreme_trajectories")
+    ),
     "51_learning_curves": Notebook(20, ("fig_5_3_learning_curves", "fig_5_7_lr_schedule")),
-    "52_results_table": Notebook(20, ("table_5_1",)),
-    "53_samples": Notebook(20, ("fig_5_1_samples_faces", "fig_5_12_samples_churches")),
+    "52_results_table": Notebook(60, ("table_5_1",)),
+    "53_samples": Notebook(30, ("fig_5_1_samples_faces", "fig_5_12_samples_churches")),
+    "54_emergent_effects": Notebook(
+        60,
+        (
+            "fig_5_2_emergent_compressibility",
+            "fig_5_5_emergent_incompressibility",
+            "fig_5_8_emergent_aesthetic",
+            "extra_54_factor_shifts",
+        ),
+    ),
+    "55_transitions": Notebook(
+        60,
+        (
+            "fig_5_4_transition_compressibility",
+            "fig_5_6_transition_incompressibility",
+            "fig_5_9_transition_aesthetic",
+            "fig_5_11_transition_over50",
+            "fig_5_13_transitions_churches",
+            "fig_c_1_transition_compressibility",
+            "fig_c_2_transition_compressibility",
+            "fig_c_3_transition_incompressibility",
+            "fig_c_4_transition_incompressibility",
+            "fig_c_5_transition_aesthetic",
+            "fig_c_6_transition_aesthetic",
+            "fig_c_7_transition_over50",
+            "fig_c_8_transition_over50",
+        ),
+    ),
+    "56_age_distribution": Notebook(30, ("fig_5_10_age_distribution",)),
+    "57_mode_collapse": Notebook(60, ("fig_5_14_mode_collapse", "extra_57_proxy_and_true")),
+    "58_galleries": Notebook(
+        60,
+        (
+            "fig_b_1_gallery_faces_pretrained",
+            "fig_b_2_gallery_faces_compressibility",
+            "fig_b_3_gallery_faces_incompressibility",
+            "fig_b_4_gallery_faces_aesthetic",
+            "fig_d_1_gallery_churches_pretrained",
+            "fig_d_2_gallery_churches_compressibility",
+            "fig_d_3_gallery_churches_incompressibility",
+            "fig_d_4_gallery_churches_aesthetic",
+        ),
+    ),
+    "59_development_set": Notebook(30, ("fig_a_1_development_set", "table_a_1", "table_a_2")),
 }
 """Every notebook of the batch but 50_finetune, which runs once for each finetuning."""
 
@@ -182,6 +241,38 @@ def report(profile_name: str) -> str:
     return "\n".join(lines)
 
 
+def adopt(profile_name: str) -> str:
+    """Take the outputs of the batch's executed notebooks into notebooks/, where readers see them.
+
+    Of 50_finetune it is the run that its parameters cell names. From a notebook that has changed
+    since it ran, nothing is taken.
+    """
+    home = paths.RUNS / profile_name / "notebooks"
+    own = inspect_notebook(str(paths.NOTEBOOKS / "50_finetune.ipynb"))
+    shown = "-".join(ast.literal_eval(own[name]["default"]) for name in ("policy", "task"))
+    executed = {"50_finetune": f"50_finetune-{shown}-s0"} | {name: name for name in NOTEBOOKS}
+    lines = []
+    for name, copy in executed.items():
+        file = paths.NOTEBOOKS / f"{name}.ipynb"
+        notebook = nbformat.read(file, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        done = {}
+        if (home / f"{copy}.ipynb").exists():
+            cells = nbformat.read(home / f"{copy}.ipynb", as_version=4).cells
+            done = {cell.id: cell for cell in cells}
+        if any(cell.id not in done or done[cell.id].source != cell.source for cell in code):
+            lines.append(f"  {name}: not run since it changed, left alone")
+            continue
+        for count, cell in enumerate(code, 1):
+            cell.outputs, cell.execution_count = done[cell.id].outputs, count
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+        nbformat.write(notebook, file)
+        lines.append(f"  {name}: {file.stat().st_size / 1e3:,.0f} kB")
+    return "\n".join(lines)
+
+
 def _home(run: Run) -> Path:
     # Not runs.folder: importing torch takes longer than everything else here.
     return paths.RUNS / run.profile / run.name
@@ -199,7 +290,7 @@ def _size(file: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ddpo_lib.batch", description=__doc__)
-    parser.add_argument("what", choices=["plan", "report"])
+    parser.add_argument("what", choices=["plan", "report", "adopt"])
     parser.add_argument("profile")
     parser.add_argument("--cores", type=int, default=1)
     arguments = parser.parse_args()
@@ -207,7 +298,7 @@ def main() -> None:
         if arguments.what == "plan":
             print(plan(arguments.profile, arguments.cores))
         else:
-            print(report(arguments.profile))
+            print({"report": report, "adopt": adopt}[arguments.what](arguments.profile))
     except ValueError as error:
         sys.exit(f"Nothing was run: {error}")
 

@@ -19,12 +19,16 @@ COLUMNS = [
 
 
 def pictures(
-    source: str | Path, settings: Evaluation, cache: Path, bf16: bool = True
+    source: str | Path,
+    settings: Evaluation,
+    cache: Path,
+    bf16: bool = True,
+    base: str | Path | None = None,
 ) -> np.ndarray:
     """The evaluation set of one policy: uint8 (n, H, W, C), from the profile's fixed noise, η = 0.
 
     Args:
-        source: the policy's folder or Hub id.
+        source, bf16, base: as in `policy.load`.
         cache: an .npz file that keeps the pictures; made again if it came from other weights or
             other settings.
     """
@@ -33,7 +37,7 @@ def pictures(
         with np.load(cache) as stored:
             if str(stored["key"]) == key:
                 return stored["pictures"]
-    model = policy.load(source, bf16=bf16)
+    model = policy.load(source, bf16=bf16, base=base)
     x_T = sampler.noise(model, settings.n, settings.seed)
     x_0 = sampler.sample(model, x_T, settings.n_steps, progress=f"evaluation set, {settings.n}")
     result = rewards.to_uint8(x_0).numpy()
@@ -51,9 +55,17 @@ def pretrained_pictures(profile: Profile, policy_name: str) -> np.ndarray:
 
 
 def finetuned_pictures(profile: Profile, run: Run) -> np.ndarray:
-    """The evaluation set of a run's best checkpoint."""
+    """The evaluation set of a run's best checkpoint.
+
+    Of a run that was never begun it is the published policy's, if the profile names one.
+    """
     home = runs.folder(run)
-    return pictures(home / "best", profile.evaluation, home / "evaluation.npz", run.settings.bf16)
+    begun, published = (home / "best").exists(), profile.published(run)
+    source = paths.resolve(published) if published and not begun else home / "best"
+    return pictures(
+        source, profile.evaluation, home / "evaluation.npz", run.settings.bf16,
+        base=paths.resolve(run.source),
+    )  # fmt: skip
 
 
 def score(images: np.ndarray, reward: rewards.Reward, batch_size: int = 250) -> np.ndarray:

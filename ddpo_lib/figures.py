@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import seaborn as sns
 from filelock import FileLock
@@ -108,6 +109,13 @@ def identifier(name: str) -> str:
     return f"table {number}" if match[1] == "table" else number
 
 
+def code_hash(notebook: str) -> str:
+    """sha256 of a notebook's code cells: whether a figure is what the notebook now draws."""
+    cells = nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    code = "\n\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
 def _folder(page: Page) -> Path:
     folder = paths.FIGURES / page.profile
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +129,7 @@ def _record(name: str, files: list[Path], page: Page, source_runs) -> None:
         "name": name,
         "files": [str(file.relative_to(paths.FIGURES)) for file in files],
         "notebook": page.notebook,
+        "code": code_hash(page.notebook),
         "profile": page.profile,
         "parameters": page.parameters,
         "seed": page.parameters.get("seed"),

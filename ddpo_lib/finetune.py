@@ -49,9 +49,9 @@ def _finetune(run: Run) -> Path:
     reward = rewards.load(run.reward, run.models, jpeg_encoding=settings.jpeg_encoding)
     for name in ROW_FILES:
         runs.drop_rows(home / name, state["iterations_done"])
-    development_noise = sampler.noise(learner, settings.n_development, _seeds(run.seed, -1)[0])
+    fixed_noise = development_noise(learner, run)
     if not resumed:
-        before = _develop(home, learner, reward, development_noise, settings, 0)
+        before = _develop(home, learner, reward, fixed_noise, settings, 0)
         state["best_reward"] = before.mean().item()
         runs.save_best(home, learner)
 
@@ -65,7 +65,7 @@ def _finetune(run: Run) -> Path:
     for iteration in bar:
         start = time.perf_counter()
         scores, metrics = iterate(learner, optimizer, reward, run, iteration)
-        development = _develop(home, learner, reward, development_noise, settings, iteration + 1)
+        development = _develop(home, learner, reward, fixed_noise, settings, iteration + 1)
         row = {
             "iteration": iteration,
             "reward_mean": scores.mean().item(),
@@ -144,6 +144,11 @@ def iterate(
             )
             metrics.append({"iteration": iteration, "update": n, **dataclasses.asdict(done)})
     return scores, metrics
+
+
+def development_noise(learner: policy.Policy, run: Run) -> torch.Tensor:
+    """The noise (n_development, C, H, W) of the run's development set (A.1)."""
+    return sampler.noise(learner, run.settings.n_development, _seeds(run.seed, -1)[0])
 
 
 def _develop(home, learner, reward, noise, settings, iteration) -> torch.Tensor:

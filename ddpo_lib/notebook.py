@@ -15,7 +15,7 @@ import papermill
 import torch
 import transformers
 
-from ddpo_lib import batch, finetune, paths
+from ddpo_lib import batch, finetune, paths, runs
 from ddpo_lib.config import Profile, Run
 
 SHOWN = ("torch", "diffusers", "transformers", "open_clip_torch")
@@ -66,16 +66,26 @@ def begin(notebook: str) -> Page:
     return Page(notebook, space["profile"], {name: space[name] for name in known})
 
 
-def finetuned(profile: Profile, runs: list[Run]) -> list[Path]:
+def finetuned(profile: Profile, wanted: list[Run]) -> list[Path]:
     """The runs' folders. What is missing is finetuned first, so that every notebook runs alone."""
-    missing = [run for run in runs if batch.iterations_done(run) < run.settings.n_iterations]
+    missing = [run for run in wanted if batch.iterations_done(run) < run.settings.n_iterations]
     if missing:
         minutes = ""
         if all(run.source.startswith("toy/") for run in missing):
             minutes = f", about {batch.seconds(profile, missing, {}, cores=1) / 60:.0f} min"
         print(f"to be finetuned first{minutes}: {', '.join(run.name for run in missing)}")
     with bars():
-        return [finetune.finetune(run) for run in runs]
+        return [finetune.finetune(run) for run in wanted]
+
+
+def finetuned_or_published(profile: Profile, wanted: list[Run]) -> None:
+    """See to it that `evaluation.finetuned_pictures` has a policy for each run.
+
+    As `finetuned`, but where a run was never begun, a policy that the profile names as published
+    will do.
+    """
+    begun = [run for run in wanted if (runs.folder(run) / "best").exists()]
+    finetuned(profile, [run for run in wanted if run in begun or not profile.published(run)])
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
@@ -119,6 +120,16 @@ def drop_rows(file: Path, from_iteration: int) -> None:
         os.replace(draft, file)
     else:
         file.unlink()
+
+
+def development(home: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The development set before the first and after every iteration so far.
+
+    Returns:
+        Pictures (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N).
+    """
+    sets = [np.load(file) for file in sorted((home / "development").glob("*.npz"))]
+    return np.stack([s["pictures"] for s in sets]), np.stack([s["rewards"] for s in sets])
 
 
 def save_checkpoint(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_lib import encoders, evaluation, paths, rewards, runs, sampler
+from ddpo_lib import encoders, evaluation, notebook, paths, rewards, runs, sampler
 from ddpo_lib import policy as policies
 from ddpo_lib.config import Evaluation, Models, Profile
 
@@ -127,6 +127,41 @@ def test_finish_scores_the_best_checkpoint(profile, new_run, new_policy):
     assert result["reward_mean"] == pytest.approx(expected.mean().item(), abs=1e-6)
     assert result["reward_sd"] == pytest.approx(expected.std().item(), rel=1e-3)
     assert result["reward_se"] == pytest.approx(expected.std().item() / math.sqrt(5), rel=1e-3)
+
+
+def test_published_policy_stands_in_for_a_run_that_was_never_begun(
+    profile, new_run, new_policy, monkeypatch
+):
+    run = new_run()
+    published = run.source + "-published"
+    policies.save(new_policy(seed=5, widths=(8,)), published)
+    both = dataclasses.replace(profile, finetuned={"tiny": {"brighter": published}})
+    expected = evaluation.pictures(published, SMALL, paths.RUNS / "x.npz", bf16=False)
+    started = []
+    monkeypatch.setattr(notebook.finetune, "finetune", started.append)
+
+    notebook.finetuned_or_published(both, [run])
+    assert not started
+    assert (evaluation.finetuned_pictures(both, run) == expected).all()
+    notebook.finetuned_or_published(profile, [run])
+    assert started == [run]
+
+    policies.save(policies.load(run.source), runs.open_folder(run) / "best")
+    notebook.finetuned_or_published(both, [run])
+    assert started == [run, run]
+    assert not (evaluation.finetuned_pictures(both, run) == expected).all()
+
+
+def test_published_weights_of_the_thesis_code_find_their_base(profile, new_run, new_policy):
+    run = new_run()
+    file = run.source + ".pth"
+    learner = new_policy(seed=5, widths=(8,))
+    torch.save({"model_state_dict": learner.unet.state_dict()}, file)
+    published = dataclasses.replace(profile, finetuned={"tiny": {"brighter": file}})
+    folder = run.source + "-as-folder"
+    policies.save(learner, folder)
+    expected = evaluation.pictures(folder, SMALL, paths.RUNS / "x.npz", bf16=False)
+    assert (evaluation.finetuned_pictures(published, run) == expected).all()
 
 
 def test_evaluation_set_of_a_run_and_of_its_origin_start_from_the_same_noise(profile, new_run):

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,6 +131,22 @@ def test_notebooks_that_save_side_by_side_keep_each_others_entries(folder, monke
         for thread in threads:
             thread.join()
     assert [entry["name"] for entry in manifest()] == [f"table_1_{i}" for i in range(6)]
+
+
+def test_entry_tells_a_figure_from_one_of_other_code(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+
+    def write(code, prose="Some prose."):
+        cells = [nbformat.v4.new_markdown_cell(prose), nbformat.v4.new_code_cell(code)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "51_learning_curves.ipynb")
+
+    write("draw()")
+    figures.save_table(pd.DataFrame(), "table_5_1", PAGE)
+    (entry,) = manifest()
+    write("draw()", "Other prose.")
+    assert entry["code"] == figures.code_hash("51_learning_curves")
+    write("draw(2)")
+    assert entry["code"] != figures.code_hash("51_learning_curves")
 
 
 def test_picture_grid():

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from ddpo_lib import config, finetune, paths, runs, sampler
+from ddpo_lib import config, finetune, paths, rewards, runs, sampler
 from ddpo_lib import policy as policies
 from ddpo_lib.policy import Policy
 
@@ -307,12 +307,24 @@ def test_best_is_the_pretrained_policy_if_nothing_got_better(new_run, brightness
 
 
 def test_development_pictures_are_drawn_without_noise_by_the_policy_of_that_iteration(new_run):
-    home = finetune.finetune(new_run(n_iterations=1))
-    noise = sampler.noise(policies.load(home / "last"), 2, finetune._seeds(0, -1)[0])
-    for i, folder in enumerate([home.parents[2] / "pretrained", home / "last"]):
-        x_0 = sampler.sample(policies.load(folder, bf16=False), noise, 3)
-        stored = np.load(home / f"development/{i:03d}.npz")["rewards"]
-        np.testing.assert_allclose(stored, x_0.mean((1, 2, 3)), atol=1e-6)
+    run = new_run(n_iterations=1)
+    home = finetune.finetune(run)
+    pictures, scores = runs.development(home)
+    assert pictures.shape == (2, 2, 8, 8, 3) and scores.shape == (2, 2)
+    for i, folder in enumerate([run.source, home / "last"]):
+        learner = policies.load(folder, bf16=False)
+        x_0 = sampler.sample(learner, finetune.development_noise(learner, run), 3)
+        np.testing.assert_array_equal(pictures[i], rewards.to_uint8(x_0))
+        np.testing.assert_allclose(scores[i], x_0.mean((1, 2, 3)), atol=1e-6)
+
+
+def test_development_noise_is_the_runs_own(new_run, policy):
+    def noise(seed):
+        return finetune.development_noise(policy, new_run(seed, n_development=3))
+
+    assert noise(0).shape == (3, 3, 8, 8)
+    assert noise(0).equal(noise(0))
+    assert not noise(0).equal(noise(1))
 
 
 # ------------------------------------------------------------------------------- mistakes

@@ -1,19 +1,15 @@
 """The three lists of dependencies agree, and the batch is sound before anything runs."""
 
-import dataclasses
 import importlib.metadata
-import json
 import re
 import subprocess
-import sys
 import tomllib
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ddpo_lib import batch, config, paths
+from ddpo_lib import paths
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAME = {"torch": "pytorch"}
@@ -98,66 +94,3 @@ def test_make_targets():
     assert re.findall(r"^make (\w+)", listed.stdout, re.MULTILINE) == [
         "help", "reproduce", "test", "lab", "bench", "toy",
     ]  # fmt: skip
-
-
-def test_batch_runs_every_notebook_with_its_parameters():
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--forceall", "--nolock"]
-    command += ["--cores", "2", "--config", "profile=toy"]
-    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    planned = done.stdout + done.stderr
-    for run in config.load("toy").batch():
-        given = f"-p profile toy -p policy {run.policy} -p task {run.task} -p seed {run.seed} "
-        assert f"50_finetune-{run.name}.ipynb {given}" in planned
-    for notebook in batch.NOTEBOOKS:
-        assert f"notebooks/{notebook}.ipynb -p profile toy " in planned
-
-
-def test_misspelled_parameter_fails_before_anything_runs(tmp_path, monkeypatch):
-    for file in paths.NOTEBOOKS.glob("*.ipynb"):
-        notebook = json.loads(file.read_text())
-        for cell in notebook["cells"]:
-            if file.stem == "50_finetune" and "parameters" in cell["metadata"].get("tags", []):
-                source = "".join(cell["source"])
-                cell["source"] = re.sub(r"^task\b", "tsak", source, flags=re.MULTILINE)
-        (tmp_path / file.name).write_text(json.dumps(notebook))
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    with pytest.raises(ValueError, match=r"50_finetune: unknown parameter \['task'\].*tsak"):
-        batch.plan("toy", cores=2)
-
-
-def test_missing_notebook_fails_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    with pytest.raises(ValueError, match="does not exist"):
-        batch.plan("toy", cores=2)
-
-
-def test_plan_knows_what_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RUNS", tmp_path)
-    runs = config.load("toy").batch()
-    complete, half_way, foreign = (tmp_path / "toy" / run.name for run in runs[:3])
-    for home, run in zip((complete, half_way, foreign), runs, strict=False):
-        (home / "last").mkdir(parents=True)
-        n = 4 if home == half_way else run.settings.n_iterations
-        (home / "last" / "state.json").write_text(json.dumps({"iterations_done": n}))
-        made = config.replace(run, eta=0.5) if home == foreign else run
-        (home / "settings.json").write_text(json.dumps(dataclasses.asdict(made)))
-        if home != half_way:
-            (home / "evaluation.json").write_text("{}")
-
-    before, *states, last = batch.plan("toy", cores=2).splitlines()
-
-    assert f"{len(runs)} finetunings" in before
-    assert re.search(r"about \d+ minutes on 2 cores", last)
-    assert states[0].endswith(" done")
-    assert "goes on after 4 of" in states[1]
-    assert "to do again, eta 0.5 → 1.0" in states[2]
-    assert not (foreign / "evaluation.json").exists()
-    assert (complete / "evaluation.json").exists()
-
-
-def test_time_is_shared_among_cores():
-    profile = config.load("toy")
-    runs = profile.batch()
-    one, two = (batch.seconds(profile, runs, batch.NOTEBOOKS, cores=n) for n in (1, 2))
-    assert one / 2 <= two < one

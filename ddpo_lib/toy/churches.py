@@ -367,7 +367,7 @@ def _caption(f: dict, rng: np.random.Generator) -> str:
         told(" and ".join(name for name in ("stars", "moon", "sun") if f[name])),
         told("clear sky" if f["light"] > 0.6 else "grey sky" if f["light"] < 0.4 else ""),
         told("clouds" if f["clouds"] else "no clouds"),
-        # Without number and kind the phrase is just "trees", so that the plain word is learned as well.
+        # Without number and kind the phrase is just "trees": the plain word is learned as well.
         told(
             join(
                 told(("few", "", "many")[f["trees"] - 1], 0.5),

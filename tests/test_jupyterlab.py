@@ -1,0 +1,140 @@
+"""Every notebook in JupyterLab, in a real browser: opened, run with Run All Cells, looked at.
+
+Slow, and needs Chromium (`apt-get install chromium`):
+
+    .venv/bin/python -m pytest -m slow tests/test_jupyterlab.py
+"""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from websocket import create_connection
+
+from ddpo_lib import paths
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+]
+
+
+class Tab:
+    """A tab of a headless Chromium, driven through its DevTools protocol."""
+
+    def __init__(self, port):
+        request = urllib.request.Request(f"http://localhost:{port}/json/new", method="PUT")
+        address = json.load(urllib.request.urlopen(request))["webSocketDebuggerUrl"]
+        self.socket = create_connection(address, timeout=900, suppress_origin=True)
+        self.n = 0
+
+    def call(self, method, **parameters):
+        self.n += 1
+        self.socket.send(json.dumps({"id": self.n, "method": method, "params": parameters}))
+        while (answer := json.loads(self.socket.recv())).get("id") != self.n:
+            pass
+        return answer["result"]
+
+    def evaluate(self, script):
+        answer = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait_for(self, script, seconds=120):
+        for _ in range(4 * seconds):
+            if self.evaluate(script):
+                return
+            time.sleep(0.25)
+        raise TimeoutError(script)
+
+    def photograph(self, file):
+        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+
+def wait_for(ready, seconds=60):
+    for _ in range(4 * seconds):
+        try:
+            return ready()
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Address of a JupyterLab on the notebooks, set to profile smoke as a reader would by hand."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "data").mkdir()
+    for name in ("config", "data/toy", "data/thesis"):
+        (root / name).symlink_to(paths.ROOT / name)
+    (root / "notebooks").mkdir()
+    for name in NOTEBOOKS:
+        text = (paths.NOTEBOOKS / f"{name}.ipynb").read_text()
+        text = text.replace('profile = \\"toy\\"', 'profile = \\"smoke\\"')
+        (root / "notebooks" / f"{name}.ipynb").write_text(text)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}",
+        "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", str(root / "notebooks"),
+    ]  # fmt: skip
+    env = os.environ | {"DDPO_ROOT": str(root)}
+    with open(root / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        address = f"http://localhost:{port}"
+        wait_for(lambda: urllib.request.urlopen(f"{address}/api/status"))
+        yield address
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    profile = tmp_path_factory.mktemp("chromium")
+    command = [
+        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,4000",
+        "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank",
+    ]  # fmt: skip
+    browser = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    port = wait_for(lambda: (profile / "DevToolsActivePort").read_text().splitlines()[0])
+    yield Tab(port)
+    browser.terminate()
+    browser.wait(30)
+
+
+CURRENT = "jupyterapp.shell.currentWidget"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_in_jupyterlab(lab, tab, name, tmp_path):
+    tab.call("Page.navigate", url=f"{lab}/doc/tree/{name}.ipynb?reset")
+    tab.wait_for(f"typeof jupyterapp === 'object' && {CURRENT}?.context?.path === '{name}.ipynb'")
+    tab.wait_for(f"{CURRENT}.context.isReady && {CURRENT}.sessionContext.isReady")
+    tab.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+    tab.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+
+    cells = tab.evaluate(f"{CURRENT}.content.model.toJSON().cells")
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert all(cell["execution_count"] for cell in code)
+    declared = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert declared > 0
+    tab.evaluate(f"{CURRENT}.content.widgets.at(-1).node.scrollIntoView()")
+    shown = f"[...{CURRENT}.node.querySelectorAll('.jp-OutputArea img')]"
+    tab.wait_for(f"{shown}.length > 0 && {shown}.every(image => image.naturalWidth > 100)", 10)
+    tab.photograph(tmp_path / f"{name}.png")
+    tab.evaluate(f"{CURRENT}.sessionContext.shutdown()")
+    tab.evaluate(f"{CURRENT}.context.save()")
