@@ -1,12 +1,12 @@
 """Measure what the differences between text, published code and mathematics do in the toy world.
 
-    python benchmarks/fidelity.py
+    python benchmarks/fidelity.py [--profile toy]
 
 Prints the numbers of docs/fidelity.md as one JSON object. One rollout of the toy faces with the
-settings of their compressibility task and one pass of updates over it; about three minutes on one
-core.
+settings of their compressibility task and one pass of updates over it; about a minute on one core.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -21,7 +21,9 @@ SEED = 0
 
 
 def main() -> None:
-    run = config.load("toy").run("faces", "compressibility")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="toy")
+    run = config.load(parser.parse_args().profile).run("faces", "compressibility")
     settings = run.settings
     pretrained = policy.load(paths.resolve(run.source))
     trajectory = sampler.rollout(

@@ -106,7 +106,7 @@ NOTEBOOKS = {
 FINETUNE_PARAMETERS = ("profile", "policy", "task", "seed")
 """Papermill parameters of 50_finetune in the batch; all other notebooks get the profile alone."""
 
-SECONDS_PER_NETWORK_CALL = 0.002
+SECONDS_PER_NETWORK_CALL = 0.0023
 """One picture once through a toy UNet, on one core while the other core does the same; measured on
 two cores of a cloud machine, in bf16."""
 SECONDS_PER_FINETUNING = 20

@@ -1,4 +1,4 @@
-"""The benchmark runs, compares like with like and prints one JSON object."""
+"""The benchmarks run, compare like with like and print one JSON object."""
 
 import json
 import os
@@ -10,19 +10,42 @@ import pytest
 from ddpo_lib import paths
 
 
-def test_benchmark_prints_one_json_object_and_the_gradients_agree(tmp_path):
-    done = subprocess.run(
-        [sys.executable, paths.ROOT / "benchmarks/iteration.py", "--small", "--threads", "1"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(paths.ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+@pytest.fixture
+def benchmark(tmp_path):
+    """benchmark("iteration", *arguments): what the script prints, run from elsewhere."""
+
+    def run(name, *arguments):
+        done = subprocess.run(
+            [sys.executable, paths.ROOT / f"benchmarks/{name}.py", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(paths.ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_iteration_is_timed_and_the_gradients_agree(benchmark):
+    result = benchmark("iteration", "--small", "--threads", "1")
     assert result["cosine"] >= 0.999
     assert result["straightforward_s"] > 0
     assert result["ours_s"] > 0
     speedup = result["straightforward_s"] / result["ours_s"]
     assert result["speedup"] == pytest.approx(speedup, rel=0.02)
+
+
+def test_fidelity_is_measured(benchmark):
+    result = benchmark("fidelity", "--profile", "smoke")
+    assert result["jpeg"]["published"]["mean"] != result["jpeg"]["rescaled"]["mean"]
+    assert 0 < result["jpeg"]["published_share_of_black_values"] < 1
+    assert 0.5 < result["advantages"]["correlation"] < 1
+    gradient = result["gradient"]
+    assert gradient["last_sigmas"][-1] == 0
+    assert gradient["norm_if_mean_over_t"] == pytest.approx(gradient["all_steps"]["norm"] / 3)
+    updated = result["updated"]
+    mean, total = (updated[f"median_abs_log_ratio_{kind}_over_pixels"] for kind in ("mean", "sum"))
+    assert total == pytest.approx(3 * 32 * 32 * mean)
+    assert updated["median_abs_log_ratio_of_last_step_floored"] > 1000 * mean

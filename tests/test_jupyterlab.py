@@ -36,6 +36,7 @@ class Tab:
         address = json.load(urllib.request.urlopen(request))["webSocketDebuggerUrl"]
         self.socket = create_connection(address, timeout=900, suppress_origin=True)
         self.n = 0
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method, **parameters):
         self.n += 1
@@ -91,6 +92,8 @@ def lab(tmp_path_factory):
         "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", str(root / "notebooks"),
     ]  # fmt: skip
     env = os.environ | {"DDPO_ROOT": str(root)}
+    env.pop("MPLBACKEND", None)  # the kernel's own, which shows figures in the notebook
+    env.pop("TQDM_DISABLE", None)  # with its progress bars
     with open(root / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         address = f"http://localhost:{port}"
@@ -114,7 +117,7 @@ def tab(tmp_path_factory):
     browser.wait(30)
 
 
-CURRENT = "jupyterapp.shell.currentWidget"
+CURRENT = "[...jupyterapp.shell.widgets('main')][0]"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -122,6 +125,8 @@ def test_notebook_runs_in_jupyterlab(lab, tab, name, tmp_path):
     tab.call("Page.navigate", url=f"{lab}/doc/tree/{name}.ipynb?reset")
     tab.wait_for(f"typeof jupyterapp === 'object' && {CURRENT}?.context?.path === '{name}.ipynb'")
     tab.wait_for(f"{CURRENT}.context.isReady && {CURRENT}.sessionContext.isReady")
+    tab.evaluate(f"jupyterapp.shell.activateById({CURRENT}.id)")
+    tab.wait_for("jupyterapp.commands.isEnabled('notebook:run-all-cells')")
     tab.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
     tab.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
 
