@@ -107,7 +107,7 @@ def lab(tmp_path_factory):
 def tab(tmp_path_factory):
     profile = tmp_path_factory.mktemp("chromium")
     command = [
-        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,4000",
+        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1600",
         "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank",
     ]  # fmt: skip
     browser = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -137,9 +137,9 @@ def test_notebook_runs_in_jupyterlab(lab, tab, name, tmp_path):
     assert all(cell["execution_count"] for cell in code)
     declared = sum("image/png" in output.get("data", {}) for output in outputs)
     assert declared > 0
-    tab.evaluate(f"{CURRENT}.content.widgets.at(-1).node.scrollIntoView()")
     shown = f"[...{CURRENT}.node.querySelectorAll('.jp-OutputArea img')]"
-    tab.wait_for(f"{shown}.length > 0 && {shown}.every(image => image.naturalWidth > 100)", 10)
+    tab.wait_for(f"{shown}.filter(image => image.naturalWidth > 100).length >= {declared}", 20)
+    tab.evaluate(f"{shown}[0].scrollIntoView({{block: 'center'}})")
     tab.photograph(tmp_path / f"{name}.png")
     tab.evaluate(f"{CURRENT}.sessionContext.shutdown()")
     tab.evaluate(f"{CURRENT}.context.save()")
