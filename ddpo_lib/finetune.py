@@ -1,6 +1,9 @@
 """The loop: rollout → reward → advantages → updates → development set → checkpoint."""
 
+import argparse
+import contextlib
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ddpo_lib import paths, policy, ppo, rewards, runs, sampler
+from ddpo_lib import config, evaluation, parallel, paths, policy, ppo, rewards, runs, sampler
 from ddpo_lib.config import Run
 
 ROW_FILES = ("metrics.csv", "iterations.csv", "rewards.csv")
@@ -24,12 +27,15 @@ def finetune(run: Run) -> Path:
         The run's folder; what it holds is described in `runs`. best/ is the policy with the highest
         development reward.
     """
-    with runs.hold(run):
+    with runs.hold(run) if parallel.is_main() else contextlib.nullcontext():
         return _finetune(run)
 
 
 def _finetune(run: Run) -> Path:
-    home = runs.open_folder(run)
+    home = runs.folder(run)
+    if parallel.is_main():
+        runs.open_folder(run)
+    parallel.wait()
     settings = run.settings
     resumed = (home / "last").exists()
     if resumed:
@@ -47,13 +53,15 @@ def _finetune(run: Run) -> Path:
     if state["iterations_done"] == settings.n_iterations:
         return home
     reward = rewards.load(run.reward, run.models, jpeg_encoding=settings.jpeg_encoding)
-    for name in ROW_FILES:
-        runs.drop_rows(home / name, state["iterations_done"])
     fixed_noise = development_noise(learner, run)
+    if parallel.is_main():
+        for name in ROW_FILES:
+            runs.drop_rows(home / name, state["iterations_done"])
     if not resumed:
         before = _develop(home, learner, reward, fixed_noise, settings, 0)
         state["best_reward"] = before.mean().item()
-        runs.save_best(home, learner)
+        if parallel.is_main():
+            runs.save_best(home, learner)
 
     bar = tqdm(
         range(state["iterations_done"], settings.n_iterations),
@@ -61,6 +69,7 @@ def _finetune(run: Run) -> Path:
         initial=state["iterations_done"],
         total=settings.n_iterations,
         unit="iteration",
+        disable=not parallel.is_main(),
     )
     for iteration in bar:
         start = time.perf_counter()
@@ -74,26 +83,19 @@ def _finetune(run: Run) -> Path:
             "development_sd": development.std().item(),
             "seconds": round(time.perf_counter() - start, 2),
         }
-        runs.append_rows(home / "iterations.csv", [row])
-        runs.append_rows(home / "metrics.csv", metrics)
-        runs.append_rows(
-            home / "rewards.csv",
-            [
-                {"iteration": iteration, "sample": i, "reward": score}
-                for i, score in enumerate(scores.tolist())
-            ],
-        )
-        if row["development_reward"] > state["best_reward"]:
-            state |= {
-                "best_iteration": iteration + 1,
-                "best_reward": row["development_reward"],
-            }
-            runs.save_best(home, learner)
+        better = row["development_reward"] > state["best_reward"]
+        if better:
+            state |= {"best_iteration": iteration + 1, "best_reward": row["development_reward"]}
         state["iterations_done"] = iteration + 1
-        runs.save_checkpoint(home, learner, optimizer, state)
+        if parallel.is_main():
+            _write_rows(home, row, metrics, scores)
+            if better:
+                runs.save_best(home, learner)
+            runs.save_checkpoint(home, learner, optimizer, state)
         bar.set_postfix(
             reward=f"{row['reward_mean']:.3f}", development=f"{row['development_reward']:.3f}"
         )
+    parallel.wait()
     return home
 
 
@@ -111,6 +113,7 @@ def iterate(
     """
     settings = run.settings
     noise_seed, step_seed, order_seed = _seeds(run.seed, iteration)
+    share = parallel.share(settings.n_samples)
     trajectory = sampler.rollout(
         learner,
         sampler.noise(learner, settings.n_samples, noise_seed),
@@ -118,9 +121,10 @@ def iterate(
         torch.Generator().manual_seed(step_seed),
         settings.eta,
         settings.log_prob_reduction,
-        progress="rollout",
+        progress="rollout" if parallel.is_main() else None,
+        share=share,
     )
-    scores = reward(trajectory.x_0)
+    scores = parallel.gather(reward(trajectory.x_0))
     generator = torch.Generator().manual_seed(order_seed)
     updates_per_epoch = settings.n_samples // settings.minibatch_size
     metrics = []
@@ -131,13 +135,19 @@ def iterate(
             groups = torch.empty(settings.n_samples, dtype=torch.long)
             groups[order] = torch.arange(settings.n_samples) // settings.minibatch_size
         advantages = ppo.advantages(scores, settings.advantage_clip, groups)
-        minibatches = tqdm(order.split(settings.minibatch_size), desc="update", leave=False)
-        for j, samples in enumerate(minibatches):
+        minibatches = tqdm(
+            order.split(settings.minibatch_size),
+            desc="update",
+            leave=False,
+            disable=not parallel.is_main(),
+        )
+        for j, minibatch in enumerate(minibatches):
+            samples = minibatch[(minibatch >= share.start) & (minibatch < share.stop)]
             n = (iteration * settings.n_inner_epochs + epoch) * updates_per_epoch + j
             done = ppo.update(
                 learner,
                 optimizer,
-                ppo.select(trajectory, samples),
+                ppo.select(trajectory, samples - share.start),
                 advantages[samples],
                 settings,
                 ppo.learning_rate(n, settings),
@@ -153,17 +163,57 @@ def development_noise(learner: policy.Policy, run: Run) -> torch.Tensor:
 
 def _develop(home, learner, reward, noise, settings, iteration) -> torch.Tensor:
     """Regenerate and score the development set; its pictures and rewards go to development/."""
-    x_0 = sampler.sample(learner, noise, settings.n_steps, progress="development set")
-    pictures = rewards.to_uint8(x_0)
-    scores = reward(x_0)
-    np.savez_compressed(
-        home / "development" / f"{iteration:03d}.npz",
-        pictures=pictures.numpy(),
-        rewards=scores.cpu().numpy(),
+    x_0 = sampler.sample(
+        learner,
+        noise[parallel.share(len(noise))],
+        settings.n_steps,
+        progress="development set" if parallel.is_main() else None,
     )
+    pictures, scores = parallel.gather(rewards.to_uint8(x_0)), parallel.gather(reward(x_0))
+    if parallel.is_main():
+        np.savez_compressed(
+            home / "development" / f"{iteration:03d}.npz",
+            pictures=pictures.numpy(),
+            rewards=scores.cpu().numpy(),
+        )
     return scores
+
+
+def _write_rows(home, row, metrics, scores) -> None:
+    runs.append_rows(home / "iterations.csv", [row])
+    runs.append_rows(home / "metrics.csv", metrics)
+    rows = [
+        {"iteration": row["iteration"], "sample": i, "reward": score}
+        for i, score in enumerate(scores.tolist())
+    ]
+    runs.append_rows(home / "rewards.csv", rows)
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:
     """Three independent seeds for an iteration; iteration -1 is the development set's."""
     return np.random.SeedSequence([seed, iteration + 1]).generate_state(3).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch -m ddpo_lib.finetune",
+        description="Finetune and evaluate, in as many processes as accelerate launches.",
+    )
+    parser.add_argument("profile")
+    parser.add_argument("policy")
+    parser.add_argument("task")
+    parser.add_argument("--reward")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        profile = config.load(arguments.profile)
+        run = profile.run(arguments.policy, arguments.task, arguments.reward, arguments.seed)
+    except ValueError as error:
+        sys.exit(f"Nothing was run: {error}")
+    finetune(run)
+    if parallel.is_main():
+        evaluation.finish(profile, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpo_lib import parallel
 from ddpo_lib.config import Finetune
 from ddpo_lib.log_probs import log_prob
 from ddpo_lib.policy import Policy, sigma, transition
@@ -104,6 +105,8 @@ def update(
     """One optimizer step on a mini-batch of trajectories.
 
     Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time.
+    Processes that hold parts of a mini-batch make one step together, see `parallel`.
+    Where several processes hold parts of the mini-batch, they make one step together.
     Steps with sigma_t <= `min_std`, at least the deterministic ones, are left out. The loss is the
     objective's mean over samples of its sum (or mean) over timesteps.
 
@@ -116,14 +119,14 @@ def update(
         ValueError: no step is stochastic enough (eta = 0, or a large `min_std`).
         FloatingPointError: the gradient is not finite; the weights are left as they were.
     """
-    n = trajectory.states.shape[1]
-    pairs = stochastic_pairs(policy, trajectory, settings.min_std)
-    n_actions = len(pairs[0]) // n
-    scale = n if settings.loss_reduction == "sum" else n * n_actions
+    steps, samples = stochastic_pairs(policy, trajectory, settings.min_std)
+    n, n_pairs = parallel.total(trajectory.states.shape[1]), parallel.total(len(steps))
+    scale = n if settings.loss_reduction == "sum" else n_pairs
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss, log_ratios = 0.0, []
-    for k, i in zip(*(index.split(settings.micro_batch) for index in pairs), strict=True):
+    loss, log_ratios = 0.0, [trajectory.log_probs.new_empty(0)]
+    for start in range(0, len(steps), settings.micro_batch):
+        k, i = (index[start : start + settings.micro_batch] for index in (steps, samples))
         new = score(policy, trajectory, k, i)
         old = trajectory.log_probs[k, i]
         terms = OBJECTIVES[settings.objective](new, old, advantage[i], settings.clip_range)
@@ -131,6 +134,7 @@ def update(
         part.backward()
         loss += part.item()
         log_ratios.append((new - old).detach())
+    parallel.sum_gradients(parameters)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(
@@ -140,10 +144,10 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    log_ratio = torch.cat(log_ratios)
+    log_ratio = parallel.gather(torch.cat(log_ratios))
     ratio = log_ratio.exp()
     return UpdateMetrics(
-        loss=loss,
+        loss=parallel.total(loss),
         mean_ratio=ratio.mean().item(),
         clip_fraction=((ratio - 1).abs() > settings.clip_range).float().mean().item(),
         approx_kl=((ratio - 1 - log_ratio).sum() / n).item(),

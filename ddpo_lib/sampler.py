@@ -54,6 +54,7 @@ def rollout(
     reduction: str = "mean",
     batch_size: int = 100,
     progress: str | None = None,
+    share: slice = slice(None),
 ) -> Trajectory:
     """Sample one trajectory per noise in x_T and keep every state (Algorithm 2 with DDIM's steps).
 
@@ -66,9 +67,11 @@ def rollout(
         reduction: of the log-probabilities, see `log_probs.log_prob`.
         batch_size: pictures per call of the network.
         progress: label of a progress bar; None for no bar.
+        share: roll out this part of x_T alone, as it would be in a rollout of all.
     """
-    states, log_probs = [x_T], []
-    for mean, std, x_prev in _chain(policy, x_T, n_steps, eta, generator, batch_size, progress):
+    states, log_probs = [x_T[share]], []
+    chain = _chain(policy, x_T, n_steps, eta, generator, batch_size, progress, share=share)
+    for mean, std, x_prev in chain:
         log_probs.append(log_prob(x_prev, mean, std, reduction))
         states.append(x_prev)
     return Trajectory(
@@ -171,18 +174,20 @@ def unclamped(policy: Policy) -> Policy:
 
 
 @torch.no_grad()
-def _chain(policy, x_T, n_steps, eta, generator, batch_size, progress, skip=0) -> Iterator:
+def _chain(
+    policy, x_T, n_steps, eta, generator, batch_size, progress, skip=0, share=slice(None)
+) -> Iterator:
     """Yield (mean, std, x_prev) of each step, from noise to picture."""
     _check_shape(policy, x_T)
     if eta > 0 and generator is None:
         raise ValueError(f"eta={eta}: a stochastic sampler needs a generator")
-    x = x_T
+    x = x_T[share]
     pairs = _pairs(policy, n_steps)[skip:]
     for t, t_prev in tqdm(pairs, desc=progress, disable=progress is None, leave=False):
         mean, std, _ = _step(policy, x, t, t_prev, eta, batch_size)
         x = mean
         if std[0] > 0:
-            z = torch.randn(x.shape, generator=generator).to(x.device)
+            z = torch.randn(x_T.shape, generator=generator)[share].to(x.device)
             x = mean + std.view(-1, 1, 1, 1) * z
         yield mean, std, x
 
