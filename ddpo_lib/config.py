@@ -39,6 +39,12 @@ class Finetune:
     """Passes over an iteration's trajectories."""
     micro_batch: int = 200
     """(sample, timestep) pairs per forward and backward; changes memory and speed only."""
+    timestep_fraction: float = 1.0
+    """Share of the stochastic steps that an optimizer step learns from, drawn anew for each. Less
+    takes less time, and the gradient stays the same on average."""
+    gradient_checkpointing: bool = False
+    """Keep less of the network's forward pass and compute it again for the backward pass: less
+    memory, more time."""
     objective: str = "ddpo_is"
     """"ddpo_is" (clipped importance ratios, equation 4.4) or "ddpo_sf" (score function, 4.2)."""
     clip_range: float = 1e-4
@@ -93,6 +99,8 @@ class Finetune:
         for name in ("n_iterations", "n_samples", "minibatch_size", "micro_batch", "n_development"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction={self.timestep_fraction}: must be in (0, 1]")
         if self.min_std < 0:
             raise ValueError(f"min_std={self.min_std}: must be at least 0")
         if self.n_steps < 2:

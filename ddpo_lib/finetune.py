@@ -42,6 +42,8 @@ def _finetune(run: Run) -> Path:
         learner = runs.load_learner(home, settings.bf16)
     else:
         learner = policy.load(paths.resolve(run.source), bf16=settings.bf16)
+    if settings.gradient_checkpointing:
+        learner.unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
         learner.unet.parameters(),
         lr=settings.learning_rate,
@@ -151,6 +153,7 @@ def iterate(
                 advantages[samples],
                 settings,
                 ppo.learning_rate(n, settings),
+                generator,
             )
             metrics.append({"iteration": iteration, "update": n, **dataclasses.asdict(done)})
     return scores, metrics

@@ -101,12 +101,12 @@ def update(
     advantage: torch.Tensor,
     settings: Finetune,
     rate: float,
+    generator: torch.Generator | None = None,
 ) -> UpdateMetrics:
     """One optimizer step on a mini-batch of trajectories.
 
     Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time.
     Processes that hold parts of a mini-batch make one step together, see `parallel`.
-    Where several processes hold parts of the mini-batch, they make one step together.
     Steps with sigma_t <= `min_std`, at least the deterministic ones, are left out. The loss is the
     objective's mean over samples of its sum (or mean) over timesteps.
 
@@ -114,14 +114,19 @@ def update(
         trajectory: the mini-batch, see `select`.
         advantage: (N,).
         rate: this step's learning rate.
+        generator: draws the timesteps where `timestep_fraction` is below 1; a CPU generator.
 
     Raises:
         ValueError: no step is stochastic enough (eta = 0, or a large `min_std`).
         FloatingPointError: the gradient is not finite; the weights are left as they were.
     """
-    steps, samples = stochastic_pairs(policy, trajectory, settings.min_std)
-    n, n_pairs = parallel.total(trajectory.states.shape[1]), parallel.total(len(steps))
-    scale = n if settings.loss_reduction == "sum" else n_pairs
+    every_step = stochastic_steps(policy, trajectory, settings.min_std)
+    kept = draw_steps(every_step, settings.timestep_fraction, generator)
+    share = len(kept) / len(every_step)
+    n_here = trajectory.states.shape[1]
+    n = parallel.total(n_here)
+    scale = n * share if settings.loss_reduction == "sum" else n * len(kept)
+    steps, samples = _pairs(kept, n_here)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss, log_ratios = 0.0, [trajectory.log_probs.new_empty(0)]
@@ -150,7 +155,7 @@ def update(
         loss=parallel.total(loss),
         mean_ratio=ratio.mean().item(),
         clip_fraction=((ratio - 1).abs() > settings.clip_range).float().mean().item(),
-        approx_kl=((ratio - 1 - log_ratio).sum() / n).item(),
+        approx_kl=((ratio - 1 - log_ratio).sum() / (n * share)).item(),
         grad_norm=grad_norm,
         learning_rate=rate,
     )
@@ -164,15 +169,38 @@ def stochastic_pairs(
     Raises:
         ValueError: there is no such step.
     """
+    return _pairs(stochastic_steps(policy, trajectory, min_std), trajectory.states.shape[1])
+
+
+def stochastic_steps(policy: Policy, trajectory: Trajectory, min_std: float = 0.0) -> torch.Tensor:
+    """Indices (K,) int64 of the steps with sigma_t > min_std, the others are no actions.
+
+    Raises:
+        ValueError: there is no such step.
+    """
     std = sigma(policy, trajectory.timesteps, trajectory.t_prev, trajectory.eta)
-    actions = torch.nonzero(std > min_std).view(-1)
-    if len(actions) == 0:
+    steps = torch.nonzero(std > min_std).view(-1)
+    if len(steps) == 0:
         raise ValueError(
             f"no step of these trajectories has sigma_t > {min_std}, the largest is "
             f"{std.max():.3g}: roll out with eta > 0 or lower min_std"
         )
-    n = trajectory.states.shape[1]
-    return actions.repeat_interleave(n), torch.arange(n).repeat(len(actions))
+    return steps
+
+
+def draw_steps(
+    steps: torch.Tensor, fraction: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """A random share of the steps (K,), at least one and none twice; at 1 all, as they are."""
+    if fraction == 1:
+        return steps
+    order = torch.randperm(len(steps), generator=generator)
+    return steps[order[: max(1, round(fraction * len(steps)))]]
+
+
+def _pairs(steps: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every step with each of n samples."""
+    return steps.repeat_interleave(n), torch.arange(n).repeat(len(steps))
 
 
 def score(policy: Policy, trajectory: Trajectory, k: torch.Tensor, i: torch.Tensor) -> torch.Tensor:

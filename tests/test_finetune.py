@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from ddpo_lib import config, finetune, paths, rewards, runs, sampler
+from ddpo_lib import config, finetune, paths, ppo, rewards, runs, sampler
 from ddpo_lib import policy as policies
 from ddpo_lib.policy import Policy
 
@@ -170,6 +170,35 @@ def test_settings_reach_the_rollout_the_optimizer_and_the_advantages(new_run, mo
         assert trajectory.reduction == "sum"
         assert trajectory.timesteps.tolist() == [750, 500, 250, 0]
         assert advantage.abs().max() == 0.5
+
+
+def test_steps_are_drawn_anew_for_every_update(new_run, monkeypatch):
+    drawn = []
+    draw = ppo.draw_steps
+
+    def spy(*arguments):
+        drawn.append(draw(*arguments).tolist())
+        return torch.tensor(drawn[-1])
+
+    monkeypatch.setattr(ppo, "draw_steps", spy)
+    finetune.finetune(new_run(n_steps=9, timestep_fraction=0.5))
+    assert len(drawn) == 6
+    assert all(len(steps) == 4 for steps in drawn)
+    assert len({tuple(steps) for steps in drawn}) > 3
+
+
+def test_gradient_checkpointing_reaches_the_network(new_run, monkeypatch):
+    seen = []
+    iterate = finetune.iterate
+
+    def spy(learner, *rest):
+        seen.append(learner.unet.is_gradient_checkpointing)
+        return iterate(learner, *rest)
+
+    monkeypatch.setattr(finetune, "iterate", spy)
+    finetune.finetune(new_run(seed=1, n_iterations=1))
+    finetune.finetune(new_run(seed=2, n_iterations=1, gradient_checkpointing=True))
+    assert seen == [False, True]
 
 
 def test_samples_come_in_another_order_every_epoch(new_run, monkeypatch):

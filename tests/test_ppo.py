@@ -473,6 +473,42 @@ def test_min_std_above_every_step_is_an_error(policy):
         update(policy, rollout(policy), ADVANTAGE, min_std=2.0)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradient_of_drawn_steps_is_right_on_average(policy, monkeypatch, reduction):
+    """Over all ways to draw one step: without bias."""
+    trajectory = rollout(policy)
+    steps = ppo.stochastic_steps(policy, trajectory)
+    whole, expected = update(policy, trajectory, ADVANTAGE, loss_reduction=reduction)
+    parts = []
+    for step in steps:
+        monkeypatch.setattr(ppo, "draw_steps", lambda *_, step=step: step.view(1))
+        parts.append(update(policy, trajectory, ADVANTAGE, loss_reduction=reduction))
+    mean = sum(gradient for _, gradient in parts) / len(steps)
+    assert_close(mean, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    for name in ("loss", "approx_kl"):
+        values = [getattr(metrics, name) for metrics, _ in parts]
+        assert np.mean(values) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
+
+
+def test_drawn_steps_are_a_random_share():
+    steps = torch.tensor([2, 3, 5, 7, 11])
+    assert ppo.draw_steps(steps, 1, None) is steps
+    generator = torch.Generator().manual_seed(0)
+    draws = [ppo.draw_steps(steps, 0.4, generator).tolist() for _ in range(100)]
+    assert all(len(set(draw)) == len(draw) == 2 for draw in draws)
+    assert set(sum(draws, [])) == set(steps.tolist())
+    assert ppo.draw_steps(steps, 0.01, generator).tolist()[0] in steps
+
+
+def test_checkpointed_gradient_is_the_same(policy):
+    trajectory = rollout(policy)
+    _, expected = update(policy, trajectory, ADVANTAGE)
+    policy.unet.enable_gradient_checkpointing()
+    assert policy.unet.is_gradient_checkpointing
+    _, gradient = update(policy, trajectory, ADVANTAGE)
+    assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_selected_trajectories(policy):
     """A mini-batch keeps each sample's states and log-probabilities together."""
     trajectory = rollout(policy)
