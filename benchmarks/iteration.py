@@ -117,12 +117,12 @@ def ddim(learner: policy.Policy, settings: Finetune) -> DDIMScheduler:
 def sample_batch(unet, scheduler, generator):
     """BATCH trajectories: their states and their log-probabilities, one entry a timestep."""
     size = unet.config.sample_size
-    states = [torch.randn(BATCH, 3, size, size, generator=generator)]
+    states = [torch.randn(BATCH, 3, size, size, generator=generator).to(unet.device)]
     log_probs = []
     for t in scheduler.timesteps:
         eps = unet(states[-1], t).sample
         mean, std = mean_and_std(scheduler, eps, t, states[-1])
-        states.append(mean + std * torch.randn(mean.shape, generator=generator))
+        states.append(mean + std * torch.randn(mean.shape, generator=generator).to(unet.device))
         log_probs.append(gaussian_log_prob(states[-1], mean, std))
     return states, log_probs
 
@@ -144,13 +144,13 @@ def mean_and_std(scheduler, eps, t, x_t):
     nothing = torch.zeros_like(x_t)
     mean = scheduler.step(eps, t, x_t, eta=1.0, variance_noise=nothing).prev_sample
     previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    return mean, scheduler._get_variance(t, previous).sqrt()
+    return mean, scheduler._get_variance(t, previous).sqrt().to(x_t.device)
 
 
 def gaussian_log_prob(x, mean, std):
     """Averaged over the pixels; 0 for the deterministic step."""
     if std == 0:
-        return torch.zeros(len(x))
+        return torch.zeros(len(x), device=x.device)
     return torch.distributions.Normal(mean, std).log_prob(x).mean((1, 2, 3))
 
 

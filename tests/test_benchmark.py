@@ -49,3 +49,15 @@ def test_fidelity_is_measured(benchmark):
     mean, total = (updated[f"median_abs_log_ratio_{kind}_over_pixels"] for kind in ("mean", "sum"))
     assert total == pytest.approx(3 * 32 * 32 * mean)
     assert updated["median_abs_log_ratio_of_last_step_floored"] > 1000 * mean
+
+
+def test_gpu_benchmark_has_every_part(benchmark):
+    result = benchmark("gpu", "--small", "--repeats", "1")
+    for loop in ("ours", "straightforward", "t4_setting"):
+        assert result[loop]["iteration_s"] > 0
+    ours = result["ours"]
+    assert ours["iteration_s"] == pytest.approx(ours["rollout_s"] + ours["update_s"])
+    assert result["share_of_matrix_rate"] > 0
+    assert result["sampling"]["speedup"] > 0
+    assert result["cosine"] > 0.99
+    assert result["max_ratio_error_bf16"] < 1e-5 and result["max_ratio_error_fp32"] < 1e-5

@@ -1,0 +1,242 @@
+"""Time the thesis's 256×256 model: one DDPO iteration and sampling, on a GPU.
+
+    python benchmarks/gpu.py [--small]
+
+Builds the exact network of google/ddpm-celebahq-256, 113.7 million random weights, and measures in
+one run, taking turns:
+
+- one iteration (100 trajectories of 40 steps, 10 updates) of this library, rollout and update
+  apart, against the straightforward loop of iteration.py in TF32, one forward and backward a step;
+- the arithmetic that this took, over what a large bfloat16 matrix product reaches on this device;
+- sampling against diffusers' own DDIMPipeline;
+- gradients in bfloat16 against float32, and the ratios before the first step;
+- peak memory with the settings for a GPU of 15 GB (README).
+
+Prints one JSON object; progress goes to stderr. --small has the same parts with a tiny network and
+runs anywhere; its numbers say nothing.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+
+import torch
+from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from iteration import ddim, new_optimizer, straightforward_iteration
+from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpo_lib import config, policy, ppo, rewards, sampler
+from ddpo_lib.config import Finetune
+
+BATCH = 10
+T4 = {"bf16": False, "micro_batch": 2, "gradient_checkpointing": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a tiny network, a few steps")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each")
+    arguments = parser.parse_args()
+    if not (arguments.small or torch.cuda.is_available()):
+        print("nothing was measured: this takes a GPU (--small runs anywhere)", file=sys.stderr)
+        return
+    size = {"n_samples": 10, "n_steps": 4} if arguments.small else {"n_samples": 100, "n_steps": 40}
+    settings = Finetune(**size, minibatch_size=BATCH, micro_batch=100)
+    pretrained = new_policy(arguments.small)
+    torch.set_float32_matmul_precision("high")  # TF32, for the straightforward loop
+    torch.backends.cudnn.allow_tf32 = True
+
+    ours, theirs = [], []
+    for turn in range(arguments.repeats):
+        ours.append(measure_ours(pretrained, settings))
+        theirs.append(measure_straightforward(pretrained, settings))
+        print(f"turn {turn}: ours {ours[-1]}, straightforward {theirs[-1]}", file=sys.stderr)
+    ours, theirs = median(ours), median(theirs)
+    rate, peak = arithmetic(pretrained, settings) / ours["iteration_s"], matrix_rate(pretrained)
+    result = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "weights": sum(p.numel() for p in pretrained.unet.parameters()),
+        **size,
+        "ours": ours,
+        "straightforward": theirs,
+        "speedup": theirs["iteration_s"] / ours["iteration_s"],
+        "tflops": rate / 1e12,
+        "matrix_tflops": peak / 1e12,
+        "share_of_matrix_rate": rate / peak,
+        "sampling": sampling(pretrained, settings),
+        **exactness(pretrained, settings),
+        "t4_setting": measure_ours(pretrained, config_for_t4(settings)),
+    }
+    print(json.dumps(result))
+
+
+def new_policy(small: bool) -> policy.Policy:
+    """The architecture of google/ddpm-celebahq-256 with random weights."""
+    widths = (8, 8) if small else (128, 128, 256, 256, 512, 512)
+    down, up = ["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths)
+    down[-2], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16 if small else 256,
+        block_out_channels=widths,
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=2,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        norm_num_groups=4 if small else 32,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = unet.eval().to(device, memory_format=torch.channels_last)
+    return policy.Policy(unet, DDPMScheduler(1000))
+
+
+def config_for_t4(settings: Finetune) -> Finetune:
+    run = config.Run("", "", "", "", "", 0, config.Models("", "", ""), settings)
+    return config.replace(run, **T4).settings
+
+
+# ------------------------------------------------------------------------------- an iteration
+
+
+def measure_ours(pretrained: policy.Policy, settings: Finetune) -> dict:
+    """As `finetune.iterate` does it, with a clock between rollout and updates."""
+    learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, settings.bf16)
+    if settings.gradient_checkpointing:
+        learner.unet.enable_gradient_checkpointing()
+    optimizer = new_optimizer(learner.unet, settings)
+    start = clock(reset_memory=True)
+    trajectory = rollout(learner, settings)
+    reward = rewards.jpeg_compressibility(trajectory.x_0)
+    middle = clock()
+    advantage = ppo.advantages(reward, settings.advantage_clip)
+    for samples in torch.arange(settings.n_samples).split(BATCH):
+        part = ppo.select(trajectory, samples)
+        ppo.update(learner, optimizer, part, advantage[samples], settings, settings.learning_rate)
+    end = clock()
+    return {
+        "iteration_s": end - start,
+        "rollout_s": middle - start,
+        "update_s": end - middle,
+        "peak_memory_gb": peak_memory(),
+    }
+
+
+def measure_straightforward(pretrained: policy.Policy, settings: Finetune) -> dict:
+    learner = copy.deepcopy(pretrained)
+    start = clock(reset_memory=True)
+    straightforward_iteration(learner, settings)
+    return {"iteration_s": clock() - start, "peak_memory_gb": peak_memory()}
+
+
+def rollout(learner: policy.Policy, settings: Finetune, n: int | None = None) -> sampler.Trajectory:
+    x_T = sampler.noise(learner, n or settings.n_samples, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    return sampler.rollout(
+        learner, x_T, settings.n_steps, generator, batch_size=settings.micro_batch
+    )
+
+
+def clock(reset_memory: bool = False) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        if reset_memory:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter()
+
+
+def peak_memory() -> float | None:
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+
+
+def median(turns: list[dict]) -> dict:
+    return {
+        name: None if turns[0][name] is None else statistics.median(turn[name] for turn in turns)
+        for name in turns[0]
+    }
+
+
+# ------------------------------------------------------------------------------- arithmetic
+
+
+def arithmetic(pretrained: policy.Policy, settings: Finetune) -> float:
+    """Floating-point operations of an iteration; a backward pass counts as two forward ones."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x_t = sampler.noise(pretrained, 1, seed=0)
+        policy.predict_noise(pretrained, x_t, torch.zeros(1, dtype=torch.long, device=x_t.device))
+    passes = settings.n_samples * (settings.n_steps + 3 * (settings.n_steps - 1))
+    return passes * counter.get_total_flops()
+
+
+def matrix_rate(pretrained: policy.Policy) -> float:
+    """Operations a second of a large bfloat16 matrix product: the best of ten."""
+    n = 8192 if torch.cuda.is_available() else 512
+    a, b = torch.randn(2, n, n, device=pretrained.device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(10):
+        start = clock()
+        a @ b
+        seconds.append(clock() - start)
+    return 2 * n**3 / min(seconds)
+
+
+# ------------------------------------------------------------------------------- the rest
+
+
+def sampling(pretrained: policy.Policy, settings: Finetune) -> dict:
+    """Pictures a second, ours against diffusers' pipeline, both at eta = 0 on the same batch."""
+    pipeline = DDIMPipeline(unet=pretrained.unet, scheduler=ddim(pretrained, settings))
+    pipeline.set_progress_bar_config(disable=True)
+    n = settings.micro_batch if settings.n_samples >= settings.micro_batch else settings.n_samples
+    x_T = sampler.noise(pretrained, n, seed=1)
+    steps = settings.n_steps
+    ways = {
+        "ours": lambda: sampler.sample(pretrained, x_T, steps),
+        "diffusers": lambda: pipeline(n, num_inference_steps=steps, output_type="np"),
+    }
+    rates = {name: [] for name in ways}
+    for _ in range(3):
+        for name, draw in ways.items():
+            start = clock()
+            draw()
+            rates[name].append(n / (clock() - start))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return medians | {"speedup": medians["ours"] / medians["diffusers"]}
+
+
+def exactness(pretrained: policy.Policy, settings: Finetune) -> dict:
+    """Cosine between the gradients of a mini-batch in bfloat16 and float32, and the largest
+    |ratio - 1| before the first step in both."""
+    gradients, ratios = {}, {}
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for bf16 in (True, False):
+        learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, bf16)
+        trajectory = rollout(learner, settings, n=2)
+        k, i = ppo.stochastic_pairs(learner, trajectory)
+        errors = []
+        for pairs in zip(k.split(20), i.split(20), strict=True):
+            new = ppo.score(learner, trajectory, *pairs)
+            errors.append((new - trajectory.log_probs[pairs]).detach().exp() - 1)
+            advantage = torch.tensor([1.0, -1.0], device=new.device)[pairs[1]]
+            (-advantage * new).sum().backward()
+        gradients[bf16] = torch.cat([p.grad.reshape(-1) for p in learner.unet.parameters()])
+        ratios[bf16] = torch.cat(errors).abs().max().item()
+    return {
+        "cosine": cosine_similarity(gradients[True], gradients[False], dim=0).item(),
+        "max_ratio_error_bf16": ratios[True],
+        "max_ratio_error_fp32": ratios[False],
+    }
+
+
+if __name__ == "__main__":
+    main()
