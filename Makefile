@@ -19,7 +19,7 @@ reproduce: $(INSTALLED) ## every figure and table; PROFILE=toy, CORES=all of the
 	@$(VENV)/python -m ddpo_lib.batch report $(PROFILE)
 
 test: $(INSTALLED) ## the test suite
-	@$(VENV)/python -m pytest -m "not slow"
+	@$(VENV)/python -m pytest
 
 lab: $(INSTALLED) ## the notebooks in JupyterLab
 	@$(VENV)/jupyter lab notebooks
