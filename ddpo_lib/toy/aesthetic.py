@@ -28,7 +28,7 @@ def rate(better: np.ndarray, worse: np.ndarray, rng: np.random.Generator) -> np.
 def bradley_terry_loss(preferred: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Mean of -log sigmoid(s_w - s_l) over scores (N,) of chosen and refused pictures.
 
-    Source: thesis, equations 3.23 to 3.25.
+    Source: thesis, equation 3.25.
     """
     return -F.logsigmoid(preferred - other).mean()
 
