@@ -125,8 +125,9 @@ def iterate(
         settings.log_prob_reduction,
         progress="rollout" if parallel.is_main() else None,
         share=share,
+        store=sampler.roomy_device(learner, share.stop - share.start, settings.n_steps),
     )
-    scores = parallel.gather(reward(trajectory.x_0))
+    scores = parallel.gather(reward(trajectory.x_0.to(learner.device)))
     generator = torch.Generator().manual_seed(order_seed)
     updates_per_epoch = settings.n_samples // settings.minibatch_size
     metrics = []

@@ -205,15 +205,16 @@ def _pairs(steps: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def score(policy: Policy, trajectory: Trajectory, k: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
     """log p_theta(states[k+1, i] | states[k, i]) for pairs of step and sample, (K,) float32."""
-    device = trajectory.states.device
+    device = policy.device
     step = transition(
         policy,
-        trajectory.states[k, i],
+        trajectory.states[k, i].to(device),
         trajectory.timesteps[k].to(device),
         trajectory.t_prev[k].to(device),
         trajectory.eta,
     )
-    return log_prob(trajectory.states[k + 1, i], step.mean, step.std, trajectory.reduction)
+    x_prev = trajectory.states[k + 1, i].to(device)
+    return log_prob(x_prev, step.mean, step.std, trajectory.reduction)
 
 
 def select(trajectory: Trajectory, samples: torch.Tensor) -> Trajectory:

@@ -1,5 +1,6 @@
 """Between noise and picture: trajectories with log-probabilities, samples, and the way back."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ def rollout(
     batch_size: int = 100,
     progress: str | None = None,
     share: slice = slice(None),
+    store: torch.device | None = None,
 ) -> Trajectory:
     """Sample one trajectory per noise in x_T and keep every state (Algorithm 2 with DDIM's steps).
 
@@ -68,15 +70,27 @@ def rollout(
         batch_size: pictures per call of the network.
         progress: label of a progress bar; None for no bar.
         share: roll out this part of x_T alone, as it would be in a rollout of all.
+        store: where the states are kept, see `roomy_device`; by default where the policy is.
     """
-    states, log_probs = [x_T[share]], []
+    store = store or policy.device
+    states, log_probs = [x_T[share].to(store)], []
     chain = _chain(policy, x_T, n_steps, eta, generator, batch_size, progress, share=share)
     for mean, std, x_prev in chain:
         log_probs.append(log_prob(x_prev, mean, std, reduction))
-        states.append(x_prev)
+        states.append(x_prev.to(store))
     return Trajectory(
         torch.stack(states), timesteps(policy, n_steps), torch.stack(log_probs), eta, reduction
     )
+
+
+def roomy_device(policy: Policy, n: int, n_steps: int) -> torch.device:
+    """Where the states of n trajectories fit: the policy's device, unless they would take more than
+    a quarter of what is free on a GPU; then the CPU. A mini-batch moves over in milliseconds."""
+    if policy.device.type != "cuda":
+        return policy.device
+    free, _ = torch.cuda.mem_get_info(policy.device)
+    needed = 4 * (n_steps + 1) * n * math.prod(policy.image_shape)
+    return policy.device if needed < free / 4 else torch.device("cpu")
 
 
 def sample(

@@ -173,3 +173,25 @@ def test_noise_that_does_not_fit_is_one_clear_error(policy, shape):
 def test_stochastic_sampler_needs_a_generator(policy):
     with pytest.raises(ValueError, match="needs a generator"):
         sampler.sample(policy, sampler.noise(policy, 2, 0), STEPS, eta=1.0)
+
+
+def test_share_of_a_rollout_is_its_part_of_the_whole(policy):
+    x_T = sampler.noise(policy, 5, seed=0)
+    whole = sampler.rollout(policy, x_T, 4, torch.Generator().manual_seed(1))
+    part = sampler.rollout(
+        policy, x_T, 4, torch.Generator().manual_seed(1), share=slice(2, 4), batch_size=1
+    )
+    torch.testing.assert_close(part.states, whole.states[:, 2:4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(part.log_probs, whole.log_probs[:, 2:4], rtol=0, atol=1e-5)
+
+
+def test_states_move_to_the_cpu_where_a_gpu_has_no_room(monkeypatch):
+    gpu = SimpleNamespace(device=torch.device("cuda:0"), image_shape=(3, 256, 256))
+    gigabytes = 4 * 41 * 100 * 3 * 256**2 / 1e9  # of 100 trajectories of 40 steps
+    for free, expected in ((4.1 * gigabytes, "cuda:0"), (3.9 * gigabytes, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, f=free: (f * 1e9, 0))
+        assert sampler.roomy_device(gpu, 100, 40) == torch.device(expected)
+
+
+def test_states_stay_on_a_cpu(policy):
+    assert sampler.roomy_device(policy, 10**9, 40) == torch.device("cpu")
