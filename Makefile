@@ -22,7 +22,7 @@ report: $(INSTALLED) ## one page with every figure: report.html
 	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --report report.html --config profile=$(PROFILE) --quiet
 
 test: $(INSTALLED) ## the test suite
-	@$(VENV)/python -m pytest
+	@$(VENV)/python -m pytest -n 2 --dist loadfile
 
 lab: $(INSTALLED) ## the notebooks in JupyterLab
 	@$(VENV)/jupyter lab notebooks

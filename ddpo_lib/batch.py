@@ -15,9 +15,6 @@ import json
 import sys
 from pathlib import Path
 
-import nbformat
-from papermill import inspect_notebook
-
 from ddpo_lib import config, paths
 from ddpo_lib.config import Profile, Run
 
@@ -168,11 +165,19 @@ def check_notebooks() -> None:
         file = paths.NOTEBOOKS / f"{notebook}.ipynb"
         if not file.is_file():
             raise ValueError(f"the batch needs {file}, which does not exist")
-        known = set(inspect_notebook(str(file)))
-        if unknown := sorted(set(names) - known):
+        known = parameters(notebook)
+        if unknown := sorted(set(names) - set(known)):
             raise ValueError(
                 f"{notebook}: unknown parameter {unknown}; its parameters cell has {sorted(known)}"
             )
+
+
+def parameters(notebook: str) -> dict[str, str]:
+    """A notebook's parameters, and their defaults as they are written."""
+    from papermill import inspect_notebook  # imported late: it takes as long as torch
+
+    inspected = inspect_notebook(str(paths.NOTEBOOKS / f"{notebook}.ipynb"))
+    return {name: entry["default"] for name, entry in inspected.items()}
 
 
 def iterations_done(run: Run) -> int:
@@ -247,9 +252,11 @@ def adopt(profile_name: str) -> str:
     Of 50_finetune it is the run that its parameters cell names. From a notebook that has changed
     since it ran, nothing is taken.
     """
+    import nbformat
+
     home = paths.RUNS / profile_name / "notebooks"
-    own = inspect_notebook(str(paths.NOTEBOOKS / "50_finetune.ipynb"))
-    shown = "-".join(ast.literal_eval(own[name]["default"]) for name in ("policy", "task"))
+    own = parameters("50_finetune")
+    shown = "-".join(ast.literal_eval(own[name]) for name in ("policy", "task"))
     executed = {"50_finetune": f"50_finetune-{shown}-s0"} | {name: name for name in NOTEBOOKS}
     lines = []
     for name, copy in executed.items():

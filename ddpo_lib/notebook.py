@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
-import papermill
 import torch
 import transformers
 
-from ddpo_lib import batch, finetune, paths, runs
+from ddpo_lib import batch, finetune, runs
 from ddpo_lib.config import Profile, Run
 
 SHOWN = ("torch", "diffusers", "transformers", "open_clip_torch")
@@ -47,8 +46,7 @@ def begin(notebook: str) -> Page:
     space = get_ipython().user_ns
     cells = [cell for cell in space["In"] if cell.lstrip().startswith("# Parameters")]
     # nbval keeps no history, and runs the notebook's own file.
-    own_file = str(paths.NOTEBOOKS / f"{notebook}.ipynb")
-    known = assigned_names(cells[0]) if cells else list(papermill.inspect_notebook(own_file))
+    known = assigned_names(cells[0]) if cells else batch.parameters(notebook)
     if not set(known) <= set(space):
         raise ValueError(f"run the parameters cell of notebook {notebook} first")
     unknown = sorted({name for cell in cells[1:] for name in assigned_names(cell)} - set(known))
