@@ -81,6 +81,16 @@ def test_committed_outputs_are_complete(name):
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
 
 
+def test_readme_has_every_notebook_and_the_numbers_of_table_5_1():
+    readme = (paths.ROOT / "README.md").read_text()
+    assert sorted(set(re.findall(r"\(notebooks/(\w+)\.ipynb\)", readme))) == NOTEBOOKS
+    assert all((paths.ROOT / link).exists() for link in re.findall(r"\((figures/\S+)\)", readme))
+    for row in pd.read_csv(paths.FIGURES / "toy" / "table_5_1.csv").itertuples():
+        before = f"{row.baseline_mean:.3f} ± {row.baseline_se:.3f}".replace("-", "−")
+        after = f"{row.ddpo_mean:.3f} ± {row.ddpo_se:.3f}".replace("-", "−")
+        assert f"| {before} | {after} | {row.effect_size:.2f} |" in readme, row.task
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_parameters_cell_has_literals_and_profile_first(name):
     values = parameters(name)
