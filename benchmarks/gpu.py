@@ -196,7 +196,7 @@ def sampling(pretrained: policy.Policy, settings: Finetune) -> dict:
     """Pictures a second, ours against diffusers' pipeline, both at eta = 0 on the same batch."""
     pipeline = DDIMPipeline(unet=pretrained.unet, scheduler=ddim(pretrained, settings))
     pipeline.set_progress_bar_config(disable=True)
-    n = settings.micro_batch if settings.n_samples >= settings.micro_batch else settings.n_samples
+    n = min(settings.micro_batch, settings.n_samples)
     x_T = sampler.noise(pretrained, n, seed=1)
     steps = settings.n_steps
     ways = {

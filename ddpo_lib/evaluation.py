@@ -108,7 +108,7 @@ def table_5_1(profile: Profile, table_runs: list[Run]) -> pd.DataFrame:
                 run.policy, run.task, len(after),
                 sign * before.mean(), before.std(ddof=1), standard_error(before),
                 sign * after.mean(), standard_error(after),
-                (after.mean() - before.mean()) / before.std(ddof=1),
+                _change(before, after),
             ]
         )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -172,8 +172,9 @@ def effect_size(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float
             f"all {len(before)} values before are {before[0]}: there is no standard deviation to "
             "measure a change in"
         )
+    return bootstrap(_change, before, after, seed=seed)
 
-    def change(before: np.ndarray, after: np.ndarray) -> float:
-        return (after.mean() - before.mean()) / before.std(ddof=1)
 
-    return bootstrap(change, before, after, seed=seed)
+def _change(before: np.ndarray, after: np.ndarray) -> float:
+    """Of the mean, in standard deviations of `before`."""
+    return (after.mean() - before.mean()) / before.std(ddof=1)
