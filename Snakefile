@@ -20,7 +20,10 @@ HOME = f"data/runs/{PROFILE.name}"
 FIGURES = f"figures/{PROFILE.name}"
 
 # An edited library redraws the figures, which takes minutes; it does not finetune again.
-LIBRARY = sorted(Path(paths.__file__).parent.glob("*.py"))
+LIBRARY = sorted(Path(paths.__file__).parent.rglob("*.py"))
+
+# Retrained toy models redraw them too: some notebooks look at the toy world in every profile.
+TOY = sorted((paths.DATA / "toy").rglob("*.safetensors"))
 
 # What two notebooks print at once nobody can read: it goes to a file, of which a failure shows
 # the end. The kernel is named because editors like to write their own into a notebook.
@@ -40,7 +43,7 @@ def weights(run):
 
 rule all:
     input:
-        [f"{FIGURES}/{file}" for notebook in NOTEBOOKS.values() for file in notebook.files],
+        [f"{FIGURES}/{file}" for notebook in NOTEBOOKS.values() for file in notebook.files(PROFILE)],
     message:
         "everything is there"
 
@@ -85,11 +88,12 @@ for name, notebook in NOTEBOOKS.items():
         input:
             [f"{HOME}/{run}/evaluation.json" for run in RUNS] if needs_finetunings(name) else [],
             LIBRARY,
+            TOY,
             notebook=f"notebooks/{name}.ipynb",
         output:
             [
                 report(f"{FIGURES}/{file}", category=f"chapter {name[0]}", subcategory=name)
-                for file in notebook.files
+                for file in notebook.files(PROFILE)
             ],
         log:
             notebook=f"{HOME}/notebooks/{name}.ipynb",

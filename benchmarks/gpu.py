@@ -8,9 +8,9 @@ one run, taking turns:
 - one iteration (100 trajectories of 40 steps, 10 updates) of this library, rollout and update
   apart, against the straightforward loop of iteration.py in TF32, one forward and backward a step;
 - the arithmetic that this took, over what a large bfloat16 matrix product reaches on this device;
-- sampling against diffusers' own DDIMPipeline;
+- sampling in bfloat16 against diffusers' own DDIMPipeline as it comes, in TF32;
 - gradients in bfloat16 against float32, and the ratios before the first step;
-- peak memory with the settings for a GPU of 15 GB (README).
+- an iteration in float32 and 14 GB, as a T4 has to do it.
 
 Prints one JSON object; progress goes to stderr. --small has the same parts with a tiny network and
 runs anywhere; its numbers say nothing.
@@ -18,6 +18,7 @@ runs anywhere; its numbers say nothing.
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import sys
@@ -29,11 +30,10 @@ from iteration import ddim, new_optimizer, straightforward_iteration
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpo_lib import config, policy, ppo, rewards, sampler
+from ddpo_lib import policy, ppo, rewards, sampler
 from ddpo_lib.config import Finetune
 
 BATCH = 10
-T4 = {"bf16": False, "micro_batch": 2, "gradient_checkpointing": True}
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         print("nothing was measured: this takes a GPU (--small runs anywhere)", file=sys.stderr)
         return
     size = {"n_samples": 10, "n_steps": 4} if arguments.small else {"n_samples": 100, "n_steps": 40}
-    settings = Finetune(**size, minibatch_size=BATCH, micro_batch=100)
+    settings = Finetune(**size, minibatch_size=BATCH, micro_batch=BATCH)  # as in thesis.yaml
     pretrained = new_policy(arguments.small)
     torch.set_float32_matmul_precision("high")  # TF32, for the straightforward loop
     torch.backends.cudnn.allow_tf32 = True
@@ -70,7 +70,7 @@ def main() -> None:
         "share_of_matrix_rate": rate / peak,
         "sampling": sampling(pretrained, settings),
         **exactness(pretrained, settings),
-        "t4_setting": measure_ours(pretrained, config_for_t4(settings)),
+        "t4_setting": measure_in_14_gb(pretrained, settings),  # the last: it limits the memory
     }
     print(json.dumps(result))
 
@@ -99,19 +99,12 @@ def new_policy(small: bool) -> policy.Policy:
     return policy.Policy(unet, DDPMScheduler(1000))
 
 
-def config_for_t4(settings: Finetune) -> Finetune:
-    run = config.Run("", "", "", "", "", 0, config.Models("", "", ""), settings)
-    return config.replace(run, **T4).settings
-
-
 # ------------------------------------------------------------------------------- an iteration
 
 
 def measure_ours(pretrained: policy.Policy, settings: Finetune) -> dict:
     """As `finetune.iterate` does it, with a clock between rollout and updates."""
     learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, settings.bf16)
-    if settings.gradient_checkpointing:
-        learner.unet.enable_gradient_checkpointing()
     optimizer = new_optimizer(learner.unet, settings)
     start = clock(reset_memory=True)
     trajectory = rollout(learner, settings)
@@ -141,7 +134,12 @@ def rollout(learner: policy.Policy, settings: Finetune, n: int | None = None) ->
     x_T = sampler.noise(learner, n or settings.n_samples, seed=0)
     generator = torch.Generator().manual_seed(0)
     return sampler.rollout(
-        learner, x_T, settings.n_steps, generator, batch_size=settings.micro_batch
+        learner,
+        x_T,
+        settings.n_steps,
+        generator,
+        batch_size=settings.micro_batch,
+        store=sampler.roomy_device(learner, len(x_T), settings.n_steps),
     )
 
 
@@ -214,28 +212,38 @@ def sampling(pretrained: policy.Policy, settings: Finetune) -> dict:
 
 
 def exactness(pretrained: policy.Policy, settings: Finetune) -> dict:
-    """Cosine between the gradients of a mini-batch in bfloat16 and float32, and the largest
-    |ratio - 1| before the first step in both."""
-    gradients, ratios = {}, {}
+    """Cosine between the gradients of one mini-batch in bfloat16 and in float32, and the largest
+    |ratio - 1| before the first step in both.
+
+    Each is on the trajectories that it has drawn from the same noise, as in training: on those of
+    the other, what rounding does to a mean would count as exploration.
+    """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    for bf16 in (True, False):
+    gradients, ratios = {}, {}
+    for name, bf16 in (("fp32", False), ("bf16", True)):
         learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, bf16)
-        trajectory = rollout(learner, settings, n=2)
-        k, i = ppo.stochastic_pairs(learner, trajectory)
+        own = rollout(learner, settings, n=settings.micro_batch)
+        advantage = torch.linspace(-1, 1, settings.micro_batch, device=own.log_probs.device)
         errors = []
-        for pairs in zip(k.split(20), i.split(20), strict=True):
-            new = ppo.score(learner, trajectory, *pairs)
-            errors.append((new - trajectory.log_probs[pairs]).detach().exp() - 1)
-            advantage = torch.tensor([1.0, -1.0], device=new.device)[pairs[1]]
-            (-advantage * new).sum().backward()
-        gradients[bf16] = torch.cat([p.grad.reshape(-1) for p in learner.unet.parameters()])
-        ratios[bf16] = torch.cat(errors).abs().max().item()
-    return {
-        "cosine": cosine_similarity(gradients[True], gradients[False], dim=0).item(),
-        "max_ratio_error_bf16": ratios[True],
-        "max_ratio_error_fp32": ratios[False],
-    }
+        pairs = ppo.stochastic_pairs(learner, own)
+        for k, i in zip(*(index.split(settings.micro_batch) for index in pairs), strict=True):
+            new = ppo.score(learner, own, k, i)
+            errors.append((new - own.log_probs[k, i]).detach().exp() - 1)
+            (-advantage[i] * new).sum().backward()
+        gradients[name] = torch.cat([p.grad.reshape(-1) for p in learner.unet.parameters()])
+        ratios[f"max_ratio_error_{name}"] = torch.cat(errors).abs().max().item()
+    cosine = cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0)
+    return {"cosine": cosine.item(), **ratios}
+
+
+def measure_in_14_gb(pretrained: policy.Policy, settings: Finetune) -> dict:
+    """An iteration as a T4 has to do it: in float32, with no more memory than it has."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties().total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 14e9 / total))
+    return measure_ours(pretrained, dataclasses.replace(settings, bf16=False))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import heapq
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,14 +28,14 @@ class Notebook:
     """On one core in profile toy, with the finetunings there and the other core busy; measured."""
     makes: tuple[str, ...]
     """The figures and tables that it leaves in figures/<profile>/."""
+    toy_only: tuple[str, ...] = ()
+    """Those of them that need to know what a picture was drawn from."""
 
-    @property
-    def files(self) -> list[str]:
+    def files(self, profile: Profile) -> list[str]:
         """Their files: figures as PNG and PDF, tables as CSV."""
-        kinds = {
-            name: ["csv"] if name.startswith("table_") else ["png", "pdf"] for name in self.makes
-        }
-        return [f"{name}.{kind}" for name in self.makes for kind in kinds[name]]
+        kinds = {True: ("csv",), False: ("png", "pdf")}
+        made = [name for name in self.makes if profile.is_toy or name not in self.toy_only]
+        return [f"{name}.{kind}" for name in made for kind in kinds[name.startswith("table_")]]
 
 
 NOTEBOOKS = {
@@ -82,7 +83,9 @@ NOTEBOOKS = {
         ),
     ),
     "56_age_distribution": Notebook(30, ("fig_5_10_age_distribution",)),
-    "57_mode_collapse": Notebook(60, ("fig_5_14_mode_collapse", "extra_57_proxy_and_true")),
+    "57_mode_collapse": Notebook(
+        60, ("fig_5_14_mode_collapse", "extra_57_proxy_and_true"), ("extra_57_proxy_and_true",)
+    ),
     "58_galleries": Notebook(
         20,
         (
@@ -109,7 +112,7 @@ two cores of a cloud machine, in bf16."""
 SECONDS_PER_FINETUNING = 20
 """Starting a kernel, importing, loading models, drawing."""
 BACKWARD = 2
-"""A backward pass in network calls."""
+"""What a backward pass costs, in forward passes."""
 
 
 def needs_finetunings(notebook: str) -> bool:
@@ -145,13 +148,15 @@ def plan(profile_name: str, cores: int) -> str:
     missing = [run for run in batch if not is_complete(run)]
     if not missing:
         lines.append("Every finetuning is done; notebooks run only where something has changed.")
-    elif all(source.startswith("toy/") for source in profile.policies.values()):
+    elif profile.is_toy:
         minutes = seconds(profile, missing, NOTEBOOKS, cores) / 60
         lines.append(f"This will take about {minutes:.0f} minutes on {cores} cores like those of a "
                      "laptop. Stop it whenever you like: it goes on where it was.")  # fmt: skip
     else:
-        lines.append("How long it takes depends on the GPU; the same command in a second terminal "
-                     "shows how far each finetuning is.")  # fmt: skip
+        lines.append(
+            "How long it takes depends on the GPU. In a second terminal, .venv/bin/python "
+            f"-m ddpo_lib.batch plan {profile.name} shows how far each finetuning is."
+        )
     return "\n".join(lines)
 
 
@@ -193,10 +198,8 @@ def changed_settings(run: Run) -> list[str]:
     file = _home(run) / "settings.json"
     if not file.exists():
         return []
-    before = _flat(json.loads(file.read_text()))
-    now = _flat(json.loads(json.dumps(dataclasses.asdict(run))))
-    changed = [name for name in now if before.get(name) != now[name]]
-    return [f"{name} {before.get(name)} → {now[name]}" for name in changed]
+    now = json.loads(json.dumps(dataclasses.asdict(run)))
+    return config.differences(json.loads(file.read_text()), now)
 
 
 def is_complete(run: Run) -> bool:
@@ -249,8 +252,8 @@ def report(profile_name: str) -> str:
 def adopt(profile_name: str) -> str:
     """Take the outputs of the batch's executed notebooks into notebooks/, where readers see them.
 
-    Of 50_finetune it is the run that its parameters cell names. From a notebook that has changed
-    since it ran, nothing is taken.
+    Of 50_finetune it is the run that its parameters cell names. From a notebook that failed, or has
+    changed since it ran, nothing is taken.
     """
     import nbformat
 
@@ -270,12 +273,18 @@ def adopt(profile_name: str) -> str:
         if any(cell.id not in done or done[cell.id].source != cell.source for cell in code):
             lines.append(f"  {name}: not run since it changed, left alone")
             continue
+        outputs = [output for cell in code for output in done[cell.id].outputs]
+        if any(output.output_type == "error" for output in outputs):
+            lines.append(f"  {name}: failed, left alone")
+            continue
         for count, cell in enumerate(code, 1):
             cell.outputs, cell.execution_count = done[cell.id].outputs, count
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = count
+        before = file.stat()
         nbformat.write(notebook, file)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # no reason to run it again
         lines.append(f"  {name}: {file.stat().st_size / 1e3:,.0f} kB")
     return "\n".join(lines)
 
@@ -283,11 +292,6 @@ def adopt(profile_name: str) -> str:
 def _home(run: Run) -> Path:
     # Not runs.folder: importing torch takes longer than everything else here.
     return paths.RUNS / run.profile / run.name
-
-
-def _flat(settings: dict) -> dict:
-    own = {name: value for name, value in settings.items() if name != "settings"}
-    return own | settings["settings"]
 
 
 def _size(file: Path) -> int:

@@ -17,6 +17,10 @@ CHOICES = {
 }
 
 
+SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
+"""Settings of `Finetune` that change memory and speed, and results by no more than rounding."""
+
+
 @dataclass(frozen=True)
 class Finetune:
     """Hyperparameters of one finetuning; the defaults are the thesis's (Table A.2)."""
@@ -38,7 +42,9 @@ class Finetune:
     n_inner_epochs: int = 1
     """Passes over an iteration's trajectories."""
     micro_batch: int = 200
-    """(sample, timestep) pairs per forward and backward; changes memory and speed only."""
+    """(sample, timestep) pairs per forward and backward, and pictures per call in a rollout. A GPU
+    may round differently for batches of different sizes: where this divides both evenly, rollout
+    and first update agree best."""
     timestep_fraction: float = 1.0
     """Share of the stochastic steps that an optimizer step learns from, drawn anew for each. Less
     takes less time, and the gradient stays the same on average."""
@@ -76,7 +82,7 @@ class Finetune:
     jpeg_encoding: str = "rescaled"
     """How the JPEG rewards see a picture, see `rewards.jpeg_kilobytes`."""
     bf16: bool = True
-    """Run the network under bfloat16 autocast."""
+    """Run the network under bfloat16 autocast, on a GPU only if it has bfloat16."""
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
@@ -89,6 +95,10 @@ class Finetune:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
+        counts = ("n_iterations", "n_samples", "minibatch_size", "n_inner_epochs", "micro_batch")
+        for name in (*counts, "n_development"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.eta <= 0:
             raise ValueError(f"eta={self.eta}: finetuning needs a stochastic sampler, eta > 0")
         if self.n_samples % self.minibatch_size:
@@ -96,9 +106,6 @@ class Finetune:
                 f"n_samples={self.n_samples} is not a multiple of "
                 f"minibatch_size={self.minibatch_size}"
             )
-        for name in ("n_iterations", "n_samples", "minibatch_size", "micro_batch", "n_development"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction={self.timestep_fraction}: must be in (0, 1]")
         if self.min_std < 0:
@@ -225,6 +232,11 @@ class Profile:
         """Every finetuning of the profile's batch."""
         return [self.run(**spec) for spec in self.runs]
 
+    @property
+    def is_toy(self) -> bool:
+        """Whether the pictures are the toy world's, whose factors are known."""
+        return all(source.startswith("toy/") for source in self.policies.values())
+
     def published(self, run: Run) -> str | None:
         """Source of the policy that others finetuned as `run` would, None if there is none."""
         return self.finetuned.get(run.policy, {}).get(run.task)
@@ -266,6 +278,19 @@ def load(name: str) -> Profile:
 def replace(run: Run, **changes) -> Run:
     """`run` with some of its `Finetune` settings changed."""
     return dataclasses.replace(run, settings=dataclasses.replace(run.settings, **changes))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What makes two runs different, "name old → new" each; from the dicts that settings.json has.
+
+    Settings that change memory and speed alone are left out. One that `old` lacks is younger than
+    that run, which had what is now its default.
+    """
+    defaults = dataclasses.asdict(Finetune())
+    before, after = (defaults | content | content["settings"] for content in (old, new))
+    names = [name for name in new | new["settings"] if name not in ("settings", *SPEED_ONLY)]
+    changed = [name for name in names if before.get(name) != after[name]]
+    return [f"{name} {before.get(name)} → {after[name]}" for name in changed]
 
 
 def _build(kind, values: dict, where: str):

@@ -132,7 +132,7 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
 def embed_images(clip: Clip, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
     """L2-normalised CLIP embeddings (N, D) of a float batch (N, 3, H, W) in [-1, 1]."""
     embeddings = [
-        clip.model.encode_image(_prepare(part, clip, "bicubic"))
+        clip.model.encode_image(_prepare(part, clip, _resize))
         for part in _on(clip.model, images).split(batch_size)
     ]
     return F.normalize(torch.cat(embeddings), dim=-1)
@@ -208,21 +208,38 @@ def age_logits(
 ) -> torch.Tensor:
     """Logits (N, 9) over AGE_CLASSES of a float batch (N, 3, H, W) in [-1, 1]."""
     logits = [
-        classifier.model(pixel_values=_prepare(part, classifier, "bilinear")).logits
+        classifier.model(pixel_values=_prepare(part, classifier, _resize_levels)).logits
         for part in _on(classifier.model, images).split(batch_size)
     ]
     return torch.cat(logits)
 
 
-def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, mode: str) -> torch.Tensor:
+def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, resize) -> torch.Tensor:
     """Resize and standardise: what image processors do, on tensors."""
     size = encoder.image_size
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"expected square RGB pictures (N, 3, S, S), got {tuple(images.shape)}")
     if images.shape[-1] != size:
-        images = F.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
+        images = resize(images, size)
     mean, std = (images.new_tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
     return ((images + 1) / 2 - mean) / std
+
+
+def _resize(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
+    """As CLIP's preprocessing does, but for its rounding to 8 bits."""
+    return F.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
+
+
+def _resize_levels(images: torch.Tensor, size: int) -> torch.Tensor:
+    """As image processors of transformers do: of 8-bit pictures, to 8-bit pictures.
+
+    The gradient is that of a resize without rounding.
+    """
+    smooth = _resize(images, size, "bilinear")
+    # The 8-bit kernel is the CPU's alone.
+    levels = ((images.detach() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    rounded = _resize(levels, size, "bilinear").to(images) / 127.5 - 1
+    return smooth + (rounded - smooth).detach()
 
 
 def _on(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
@@ -261,10 +278,5 @@ def _check_sha256(file: Path, expected: str) -> None:
 def _unreadable(source: str | Path, kind: str, error: Exception) -> ValueError:
     return ValueError(
         f"{source} cannot be read as {kind}: its files are truncated or belong to another model. "
-        f"Fetch it again, or rebuild the toy models with `make toy`. {_cause(error)}"
+        f"Fetch it again, or rebuild the toy models with `make toy`. Cause: {hub.cause(error)}"
     )
-
-
-def _cause(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"Cause: {type(error).__name__}: {lines[0] if lines else ''}"

@@ -48,14 +48,19 @@ def pictures(
     return result
 
 
-def pretrained_pictures(profile: Profile, policy_name: str) -> np.ndarray:
-    """The evaluation set of a pretrained policy of the profile."""
+def pretrained_pictures(profile: Profile, policy_name: str, bf16: bool = True) -> np.ndarray:
+    """The evaluation set of a pretrained policy of the profile: uint8 (n, H, W, C).
+
+    Args:
+        bf16: as the finetuned policy has it that the pictures are compared with.
+    """
     cache = paths.RUNS / profile.name / f"{policy_name}-pretrained" / "evaluation.npz"
-    return pictures(paths.resolve(profile.policies[policy_name]), profile.evaluation, cache)
+    source = paths.resolve(profile.policies[policy_name])
+    return pictures(source, profile.evaluation, cache, bf16)
 
 
 def finetuned_pictures(profile: Profile, run: Run) -> np.ndarray:
-    """The evaluation set of a run's best checkpoint.
+    """The evaluation set of a run's best checkpoint: uint8 (n, H, W, C).
 
     Of a run that was never begun it is the published policy's, if the profile names one.
     """
@@ -100,7 +105,7 @@ def table_5_1(profile: Profile, table_runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in table_runs:
         reward = rewards.load(run.reward, run.models, jpeg_encoding=run.settings.jpeg_encoding)
-        before = score(pretrained_pictures(profile, run.policy), reward)
+        before = score(pretrained_pictures(profile, run.policy, run.settings.bf16), reward)
         after = score(finetuned_pictures(profile, run), reward)
         sign = -1 if run.reward == "jpeg_compressibility" else 1
         rows.append(

@@ -75,7 +75,7 @@ def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Pat
 
 def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int, gap: int = 1) -> None:
     """Draw uint8 pictures (N, H, W, C) side by side on an axis, `columns` in a row."""
-    ax.imshow(tile(pictures, columns, gap), interpolation="nearest")
+    ax.imshow(tile(pictures, columns, gap))
     ax.set_axis_off()
 
 

@@ -123,6 +123,7 @@ def iterate(
         torch.Generator().manual_seed(step_seed),
         settings.eta,
         settings.log_prob_reduction,
+        settings.micro_batch,
         progress="rollout" if parallel.is_main() else None,
         share=share,
         store=sampler.roomy_device(learner, share.stop - share.start, settings.n_steps),

@@ -92,7 +92,7 @@ def explained(source: str, wish: str = "get") -> Iterator[None]:
     except Exception as error:
         raise FileNotFoundError(
             f"cannot {wish} {source!r}, the id of a model on the Hugging Face Hub: "
-            f"{_advice(error, source)}. Cause: {_cause(error)}"
+            f"{_advice(error, source)}. Cause: {cause(error)}"
         ) from error
 
 
@@ -167,6 +167,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """One line that says what went wrong."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"

@@ -63,7 +63,8 @@ def load(
             `DDIMPipeline`, also of the older layout with every file at its root; or a .pth file
             that the thesis's code wrote.
         device: "cpu", "cuda", …; by default a GPU if there is one.
-        bf16: run the network under bfloat16 autocast.
+        bf16: run the network under bfloat16 autocast; a GPU without bfloat16, such as a T4, runs it
+            in float32 all the same.
         base: source of the policy that a .pth file was finetuned from: such a file has weights
             alone, and neither the network's layout nor its schedule.
 
@@ -79,7 +80,7 @@ def load(
         _load_weights(pipeline.unet, source)
     else:
         pipeline = _pipeline(source)
-    found = {name: pipeline.scheduler.config[name] for name in SUPPORTED}
+    found = {name: pipeline.scheduler.config.get(name) for name in SUPPORTED}
     found["learned variance"] = (
         pipeline.unet.config.out_channels != pipeline.unet.config.in_channels
     )
@@ -92,6 +93,8 @@ def load(
     if not isinstance(scheduler, DDPMScheduler):  # a DDIMPipeline's: other steps, the same noise
         scheduler = DDPMScheduler.from_config(scheduler.config)
     unet = pipeline.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if unet.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        bf16 = False
     return Policy(unet.to(memory_format=torch.channels_last), scheduler, bf16)
 
 
@@ -108,7 +111,7 @@ def _pipeline(source: str) -> DDPMPipeline:
             f"cannot load a policy from {source!r}. It must be a complete folder of a DDPMPipeline "
             "or DDIMPipeline (model_index.json, and unet/ and scheduler/ or their files beside it) "
             "or the id of such a model on the Hugging Face Hub. "
-            f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"Cause: {hub.cause(error)}"
         ) from error
 
 
@@ -140,7 +143,7 @@ def _load_weights(unet: UNet2DModel, file: str) -> None:
         raise ValueError(
             f"{file} is no checkpoint of the thesis's code (a .pth with `model_state_dict`), or it "
             "is damaged, or its base is another policy. "
-            f"Cause: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"Cause: {hub.cause(error)}"
         ) from error
 
 

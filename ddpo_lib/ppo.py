@@ -1,11 +1,12 @@
 """Advantages, the two DDPO objectives and one optimizer step over folded timesteps."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
-from ddpo_lib import parallel
+from ddpo_lib import memory, parallel
 from ddpo_lib.config import Finetune
 from ddpo_lib.log_probs import log_prob
 from ddpo_lib.policy import Policy, sigma, transition
@@ -105,7 +106,8 @@ def update(
 ) -> UpdateMetrics:
     """One optimizer step on a mini-batch of trajectories.
 
-    Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time.
+    Every (timestep, sample) pair is one element of a folded batch, taken `micro_batch` at a time,
+    or fewer where a GPU's memory holds no more.
     Processes that hold parts of a mini-batch make one step together, see `parallel`.
     Steps with sigma_t <= `min_std`, at least the deterministic ones, are left out. The loss is the
     objective's mean over samples of its sum (or mean) over timesteps.
@@ -128,17 +130,24 @@ def update(
     scale = n * share if settings.loss_reduction == "sum" else n * len(kept)
     steps, samples = _pairs(kept, n_here)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-    loss, log_ratios = 0.0, [trajectory.log_probs.new_empty(0)]
-    for start in range(0, len(steps), settings.micro_batch):
-        k, i = (index[start : start + settings.micro_batch] for index in (steps, samples))
-        new = score(policy, trajectory, k, i)
-        old = trajectory.log_probs[k, i]
-        terms = OBJECTIVES[settings.objective](new, old, advantage[i], settings.clip_range)
-        part = terms.sum() / scale
-        part.backward()
-        loss += part.item()
-        log_ratios.append((new - old).detach())
+
+    def accumulate(micro_batch: int) -> tuple[float, torch.Tensor]:
+        """Add up the gradients; the loss, and the log-ratio of every pair."""
+        optimizer.zero_grad(set_to_none=True)
+        loss, log_ratios = 0.0, [trajectory.log_probs.new_empty(0)]
+        for start in range(0, len(steps), micro_batch):
+            k, i = (index[start : start + micro_batch] for index in (steps, samples))
+            new = score(policy, trajectory, k, i)
+            old = trajectory.log_probs[k, i]
+            terms = OBJECTIVES[settings.objective](new, old, advantage[i], settings.clip_range)
+            part = terms.sum() / scale
+            part.backward()
+            loss += part.item()
+            log_ratios.append((new - old).detach())
+        return loss, torch.cat(log_ratios)
+
+    n_pairs = max(1, len(steps))  # none where this process holds no sample of the mini-batch
+    loss, log_ratio = memory.fit("update", accumulate, min(settings.micro_batch, n_pairs))
     parallel.sum_gradients(parameters)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
     if not math.isfinite(grad_norm):
@@ -149,7 +158,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    log_ratio = parallel.gather(torch.cat(log_ratios))
+    log_ratio = parallel.gather(log_ratio)
     ratio = log_ratio.exp()
     return UpdateMetrics(
         loss=parallel.total(loss),
@@ -219,10 +228,8 @@ def score(policy: Policy, trajectory: Trajectory, k: torch.Tensor, i: torch.Tens
 
 def select(trajectory: Trajectory, samples: torch.Tensor) -> Trajectory:
     """The trajectories of some samples."""
-    return Trajectory(
-        trajectory.states[:, samples],
-        trajectory.timesteps,
-        trajectory.log_probs[:, samples],
-        trajectory.eta,
-        trajectory.reduction,
+    return dataclasses.replace(
+        trajectory,
+        states=trajectory.states[:, samples],
+        log_probs=trajectory.log_probs[:, samples],
     )

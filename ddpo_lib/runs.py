@@ -8,7 +8,8 @@ rewards.csv           every sampled picture's reward
 development/NNN.npz   the development set after NNN iterations: pictures and rewards
 last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position, best/ a
                       model card
-evaluation.json       the evaluation set's scores, written when everything is done
+evaluation.npz        the evaluation set's pictures
+evaluation.json       their scores, written when everything is done
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from ddpo_lib import hub, model_card, paths, policy
+from ddpo_lib import config, hub, model_card, paths, policy
 from ddpo_lib.config import Run
 
 
@@ -73,7 +74,8 @@ def open_folder(run: Run) -> Path:
         file = home / "settings.json"
         if file.exists():
             stored = json.loads(file.read_text())
-            if stored == settings:
+            changes = config.differences(stored, settings)
+            if not changes:
                 _finish_replacement(home / "last")
                 _finish_replacement(home / "best")
                 return home
@@ -82,7 +84,7 @@ def open_folder(run: Run) -> Path:
                 n += 1
             home.rename(aside)
             print(
-                f"{run.name}: settings changed ({_differences(stored, settings)}); "
+                f"{run.name}: settings changed ({', '.join(changes)}); "
                 f"the earlier run is kept in {aside}"
             )
         (home / "development").mkdir(parents=True, exist_ok=True)
@@ -216,21 +218,18 @@ def _as_json(run: Run) -> dict:
     return json.loads(json.dumps(content))
 
 
-def _differences(old: dict, new: dict) -> str:
-    flat = [{**content, **content.get("settings", {})} for content in (old, new)]
-    names = [name for name in flat[1] if name != "settings" and flat[0].get(name) != flat[1][name]]
-    return ", ".join(f"{name}: {flat[0].get(name)} → {flat[1][name]}" for name in names)
-
-
 @contextlib.contextmanager
 def _whole(last: Path) -> Iterator[None]:
     """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
     try:
         yield
+    except torch.OutOfMemoryError:  # the GPU is full, and nothing is wrong with the files
+        raise
     except Exception as error:
         raise ValueError(
-            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). Delete "
-            "that folder to start the run again; its best/ and its development pictures stay"
+            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). To start the run "
+            f"again, move {last.parent} elsewhere: its best/ is a whole policy, and its CSVs and "
+            "development pictures are as they were"
         ) from error
 
 

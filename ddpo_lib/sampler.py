@@ -9,8 +9,9 @@ import torch
 from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
+from ddpo_lib import memory
 from ddpo_lib.log_probs import log_prob
-from ddpo_lib.policy import Policy, timesteps, transition
+from ddpo_lib.policy import Policy, Transition, timesteps, transition
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,28 @@ def rollout(
             so a seed gives the same trajectory whatever the batch size.
         eta: 0 deterministic, 1 the stochastic sampler that policy gradients need.
         reduction: of the log-probabilities, see `log_probs.log_prob`.
-        batch_size: pictures per call of the network.
+        batch_size: pictures per call of the network; fewer where a GPU's memory holds no more.
         progress: label of a progress bar; None for no bar.
         share: roll out this part of x_T alone, as it would be in a rollout of all.
         store: where the states are kept, see `roomy_device`; by default where the policy is.
     """
     store = store or policy.device
-    states, log_probs = [x_T[share].to(store)], []
+    states = torch.empty(n_steps + 1, *x_T[share].shape, device=store)
+    states[0], log_probs = x_T[share], []
     chain = _chain(policy, x_T, n_steps, eta, generator, batch_size, progress, share=share)
-    for mean, std, x_prev in chain:
+    for k, (mean, std, x_prev) in enumerate(chain, 1):
         log_probs.append(log_prob(x_prev, mean, std, reduction))
-        states.append(x_prev.to(store))
-    return Trajectory(
-        torch.stack(states), timesteps(policy, n_steps), torch.stack(log_probs), eta, reduction
-    )
+        states[k] = x_prev
+    return Trajectory(states, timesteps(policy, n_steps), torch.stack(log_probs), eta, reduction)
 
 
 def roomy_device(policy: Policy, n: int, n_steps: int) -> torch.device:
     """Where the states of n trajectories fit: the policy's device, unless they would take more than
-    a quarter of what is free on a GPU; then the CPU. A mini-batch moves over in milliseconds."""
+    a quarter of what is free on a GPU; then the CPU, from where mini-batches are fetched."""
     if policy.device.type != "cuda":
         return policy.device
     free, _ = torch.cuda.mem_get_info(policy.device)
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by PyTorch
     needed = 4 * (n_steps + 1) * n * math.prod(policy.image_shape)
     return policy.device if needed < free / 4 else torch.device("cpu")
 
@@ -124,7 +125,10 @@ def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 100) -> t
     expects at each step (equation 2.25)."""
     steps = zip(trajectory.states[:-1], trajectory.timesteps, trajectory.t_prev, strict=True)
     return torch.stack(
-        [_step(policy, x_t, t, prev, trajectory.eta, batch_size)[2] for x_t, t, prev in steps]
+        [
+            _step(policy, x_t.to(policy.device), t, prev, trajectory.eta, batch_size)[2]
+            for x_t, t, prev in steps
+        ]
     )
 
 
@@ -222,12 +226,13 @@ def _check_shape(policy, x) -> None:
 
 def _step(policy, x_t, t, t_prev, eta, batch_size) -> tuple[torch.Tensor, ...]:
     """The transition of a whole batch at one timestep, `batch_size` samples at a time."""
-    parts = [
-        transition(
-            policy, x, t.expand(len(x)).to(x.device), t_prev.expand(len(x)).to(x.device), eta
-        )
-        for x in x_t.split(batch_size)
-    ]
+    t, t_prev = (step.expand(len(x_t)).to(x_t.device) for step in (t, t_prev))
+
+    def split(n: int) -> list[Transition]:
+        folded = zip(x_t.split(n), t.split(n), t_prev.split(n), strict=True)
+        return [transition(policy, *part, eta) for part in folded]
+
+    parts = memory.fit("sampling", split, min(batch_size, len(x_t)))
     return (
         torch.cat([p.mean for p in parts]),
         torch.cat([p.std for p in parts]),

@@ -78,7 +78,9 @@ def test_time_is_shared_among_cores():
 def test_adopt_takes_outputs_of_notebooks_that_ran_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(batch, "NOTEBOOKS", {"51_a": None, "52_b": None, "53_c": None})
+    monkeypatch.setattr(
+        batch, "NOTEBOOKS", {"51_a": None, "52_b": None, "53_c": None, "54_d": None}
+    )
     executed = tmp_path / "runs" / "toy" / "notebooks"
 
     def write(folder, name, code, *outputs, injected=False):
@@ -99,19 +101,23 @@ def test_adopt_takes_outputs_of_notebooks_that_ran_as_they_are(tmp_path, monkeyp
     def result(text):
         return nbformat.v4.new_output("execute_result", {"text/plain": text}, execution_count=9)
 
-    for name in ("50_finetune", "51_a", "52_b", "53_c"):
+    for name in ("50_finetune", "51_a", "52_b", "53_c", "54_d"):
         write(paths.NOTEBOOKS, name, "1 + 1")
     write(executed, "50_finetune-faces-blue-s0", "1 + 1", result("fifty"), injected=True)
     write(executed, "51_a", "1 + 1", result("fifty-one"), injected=True)
     write(executed, "52_b", "1 + 2", result("stale"), injected=True)
+    write(executed, "54_d", "1 + 1", nbformat.v4.new_output("error", traceback=["no"]))
 
+    before = (paths.NOTEBOOKS / "51_a.ipynb").stat().st_mtime_ns
     lines = batch.adopt("toy").splitlines()
-    assert ["not run since it changed" in line for line in lines] == [False, False, True, True]
+    left = ["left alone" in line for line in lines]
+    assert left == [False, False, True, True, True] and "failed" in lines[-1]
+    assert (paths.NOTEBOOKS / "51_a.ipynb").stat().st_mtime_ns == before  # Snakemake looks at it
     for name, text in (("50_finetune", "fifty"), ("51_a", "fifty-one")):
         given, last = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
         assert (given.execution_count, last.execution_count) == (1, 2)
         assert last.outputs[0].data["text/plain"] == text
         assert last.outputs[0].execution_count == 2
-    for name in ("52_b", "53_c"):
+    for name in ("52_b", "53_c", "54_d"):
         cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
         assert not cells[1].outputs

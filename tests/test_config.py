@@ -155,6 +155,8 @@ def test_unknown_choice_names_the_known_ones(name):
         ({"eta": 0.0}, "eta=0.0: finetuning needs a stochastic sampler"),
         ({"n_samples": 15}, "n_samples=15 is not a multiple of minibatch_size=10"),
         ({"n_steps": 1}, "n_steps=1: must be at least 2"),
+        ({"minibatch_size": 0}, "minibatch_size=0: must be at least 1"),
+        ({"n_inner_epochs": 0}, "n_inner_epochs=0: must be at least 1"),
         ({"micro_batch": 0}, "micro_batch=0: must be at least 1"),
         ({"n_iterations": 0}, "n_iterations=0: must be at least 1"),
         ({"learning_rate": "3e-5"}, r"learning_rate='3e-5': must be of type float .*3\.0e-5"),

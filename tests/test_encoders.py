@@ -38,6 +38,49 @@ def truncate(file) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+# ------------------------------------------------------------------------------- preprocessing
+
+NUMBERS = {"image_size": 32, "mean": (0.48, 0.45, 0.4), "std": (0.27, 0.26, 0.25)}
+NOISE = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), dtype=np.uint8)
+
+
+def test_larger_pictures_are_prepared_for_the_classifier_as_transformers_does():
+    size = {"height": 32, "width": 32}
+    processor = ViTImageProcessor(
+        size=size, resample=2, image_mean=NUMBERS["mean"], image_std=NUMBERS["std"]
+    )
+    expected = processor([Image.fromarray(p) for p in NOISE], return_tensors="pt").pixel_values
+    classifier = encoders.AgeClassifier(None, **NUMBERS)
+    ours = encoders._prepare(to_tensor(NOISE), classifier, encoders._resize_levels)
+    assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_larger_pictures_are_prepared_for_clip_as_open_clip_does_but_for_rounding():
+    transform = open_clip.image_transform(
+        32, is_train=False, mean=NUMBERS["mean"], std=NUMBERS["std"], interpolation="bicubic"
+    )
+    grey = NOISE[:, :12, :12] // 2 + 64  # nothing overshoots black or white, where PIL clamps
+    smooth = np.stack([np.array(Image.fromarray(picture).resize((48, 48))) for picture in grey])
+    expected = torch.stack([transform(Image.fromarray(picture)) for picture in smooth])
+    ours = encoders._prepare(
+        to_tensor(smooth), encoders.Clip(None, None, **NUMBERS), encoders._resize
+    )
+    levels = (ours - expected).abs() * torch.tensor(NUMBERS["std"])[:, None, None] * 255
+    assert levels.max() < 2
+    assert levels.mean() < 0.5
+
+
+def test_gradient_through_rounded_resize_is_that_of_a_smooth_one():
+    images = (to_tensor(NOISE) * 0.9).requires_grad_()
+    weights = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rounded = encoders._resize_levels(images, 32)
+    (ours,) = torch.autograd.grad((rounded * weights).sum(), images)
+    smooth = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+    (expected,) = torch.autograd.grad((smooth * weights).sum(), images)
+    assert 0 < (rounded - smooth).abs().max() < 3 / 255
+    assert_close(ours, expected)
+
+
 # ------------------------------------------------------------------------------- CLIP
 
 

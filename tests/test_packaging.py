@@ -18,7 +18,7 @@ NOT_PINNED = re.compile(r"nvidia-.*|cuda-.*|triton|pip|setuptools|ddpo-lib")
 
 
 def declared() -> dict[str, Requirement]:
-    texts = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    texts = sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])
     return {canonicalize_name(r.name): r for r in map(Requirement, texts)}
 
 

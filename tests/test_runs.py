@@ -35,11 +35,25 @@ def test_changed_setting_sets_the_old_folder_aside(new_run, capsys):
     assert not (home / "metrics.csv").exists()
     aside = home.with_name("tiny-brighter-s0.old1")
     assert (aside / "metrics.csv").read_text() == "old\n"
-    assert "eta: 1.0 → 0.5" in capsys.readouterr().out
+    assert "settings changed (eta 1.0 → 0.5)" in capsys.readouterr().out
 
     runs.open_folder(config.replace(run, eta=0.7))
     assert (aside / "metrics.csv").read_text() == "old\n"
     assert home.with_name("tiny-brighter-s0.old2").exists()
+
+
+def test_run_goes_on_under_other_memory_settings_and_after_an_update_of_the_library(new_run):
+    home = runs.open_folder(new_run(micro_batch=3))
+    (home / "metrics.csv").write_text("old\n")
+    runs.open_folder(new_run(micro_batch=1, gradient_checkpointing=True))
+    # A setting that the library did not have then: the run had what is its default now.
+    stored = json.loads((home / "settings.json").read_text())
+    del stored["settings"]["timestep_fraction"]
+    runs.write_json(home / "settings.json", stored)
+    runs.open_folder(new_run())
+    assert (home / "metrics.csv").read_text() == "old\n"
+    runs.open_folder(new_run(timestep_fraction=0.5))
+    assert not (home / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize("retrained", ["policy", "reward", "other reward"])
