@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddpo_lib import paths
 from ddpo_lib.batch import FINETUNE_PARAMETERS, NOTEBOOKS, needs_finetunings
-from ddpo_lib.config import Finetune, load
+from ddpo_lib.config import SPEED_ONLY, Finetune, load
 
 
 workdir: str(paths.ROOT)
@@ -31,6 +31,10 @@ PAPERMILL = "papermill --kernel python3 --no-progress-bar {input.notebook} {log.
 QUIETLY = " > {log.text} 2>&1 || {{ tail -n 20 {log.text} >&2; exit 1; }}"
 
 
+# Settings that a finished run does not have to be made again for are left out.
+DECISIVE = [f.name for f in dataclasses.fields(Finetune) if f.name not in SPEED_ONLY]
+
+
 def setting(name):
     return lambda wildcards: getattr(RUNS[wildcards.run].settings, name)
 
@@ -43,7 +47,7 @@ def weights(run):
 
 rule all:
     input:
-        [f"{FIGURES}/{file}" for notebook in NOTEBOOKS.values() for file in notebook.files(PROFILE)],
+        [f"{FIGURES}/{file}" for entry in NOTEBOOKS.values() for file in entry.files(PROFILE)],
     message:
         "everything is there"
 
@@ -62,7 +66,7 @@ rule finetune:
         text=HOME + "/notebooks/50_finetune-{run}.log",
     params:
         # One by one, so that the reason for a rerun shows the setting that has changed.
-        **{field.name: setting(field.name) for field in dataclasses.fields(Finetune)},
+        **{name: setting(name) for name in DECISIVE},
         profile=PROFILE.name,
         policy=lambda wildcards: RUNS[wildcards.run].policy,
         task=lambda wildcards: RUNS[wildcards.run].task,

@@ -12,11 +12,13 @@ one run, taking turns:
 - gradients in bfloat16 against float32, and the ratios before the first step;
 - an iteration in float32 and 14 GB, as a T4 has to do it.
 
-Prints one JSON object; progress goes to stderr. --small has the same parts with a tiny network and
+Takes a GPU with bfloat16 and about 30 GB, which the straightforward loop needs. Prints one JSON
+object; progress goes to stderr. --small has the same parts with a tiny network and
 runs anywhere; its numbers say nothing.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -243,7 +245,10 @@ def measure_in_14_gb(pretrained: policy.Policy, settings: Finetune) -> dict:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 14e9 / total))
-    return measure_ours(pretrained, dataclasses.replace(settings, bf16=False))
+    settings = dataclasses.replace(settings, bf16=False)
+    with contextlib.redirect_stdout(sys.stderr):
+        measure_ours(pretrained, settings)  # finds the batches that fit
+    return measure_ours(pretrained, settings)
 
 
 if __name__ == "__main__":

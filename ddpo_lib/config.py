@@ -68,7 +68,7 @@ class Finetune:
     lr_schedule: str = "constant"
     """"constant", or "warmup_cosine": linear warm-up to the peak, then half a cosine (Fig. 5.7)."""
     peak_learning_rate: float = 3.7e-6
-    """Top of "warmup_cosine"."""
+    """Top of "warmup_cosine". Table A.2's own, 3.75e-6, is in thesis.yaml; see docs/fidelity.md."""
     warmup: float = 0.25
     """Fraction of all updates spent warming up."""
     final_lr_fraction: float = 0.1
@@ -101,6 +101,12 @@ class Finetune:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.eta <= 0:
             raise ValueError(f"eta={self.eta}: finetuning needs a stochastic sampler, eta > 0")
+        one_update = self.minibatch_size == self.n_samples and self.n_inner_epochs == 1
+        if self.objective == "ddpo_sf" and not one_update:
+            raise ValueError(
+                "objective='ddpo_sf' allows one update per rollout: set minibatch_size to "
+                f"n_samples, {self.n_samples}, and n_inner_epochs to 1; or take 'ddpo_is'"
+            )
         if self.n_samples % self.minibatch_size:
             raise ValueError(
                 f"n_samples={self.n_samples} is not a multiple of "
@@ -235,7 +241,7 @@ class Profile:
     @property
     def is_toy(self) -> bool:
         """Whether the pictures are the toy world's, whose factors are known."""
-        return all(source.startswith("toy/") for source in self.policies.values())
+        return all(run.source.startswith("toy/") for run in self.batch())
 
     def published(self, run: Run) -> str | None:
         """Source of the policy that others finetuned as `run` would, None if there is none."""
@@ -284,7 +290,7 @@ def differences(old: dict, new: dict) -> list[str]:
     """What makes two runs different, "name old → new" each; from the dicts that settings.json has.
 
     Settings that change memory and speed alone are left out. One that `old` lacks is younger than
-    that run, which had what is now its default.
+    that run, which had what is now its default; one that `new` lacks is not compared.
     """
     defaults = dataclasses.asdict(Finetune())
     before, after = (defaults | content | content["settings"] for content in (old, new))

@@ -226,7 +226,7 @@ def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, resize) -> tor
 
 
 def _resize(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """As CLIP's preprocessing does, but for its rounding to 8 bits."""
+    """As CLIP's preprocessing does, but for its rounding and clamping to 8 bits."""
     return F.interpolate(images, (size, size), mode=mode, antialias=True, align_corners=False)
 
 

@@ -48,14 +48,18 @@ def pictures(
     return result
 
 
-def pretrained_pictures(profile: Profile, policy_name: str, bf16: bool = True) -> np.ndarray:
+def pretrained_pictures(profile: Profile, policy_name: str, bf16: bool | None = None) -> np.ndarray:
     """The evaluation set of a pretrained policy of the profile: uint8 (n, H, W, C).
 
     Args:
-        bf16: as the finetuned policy has it that the pictures are compared with.
+        bf16: as in `policy.load`; by default as the profile finetunes. Give that of a run which
+            differs from its profile.
     """
-    cache = paths.RUNS / profile.name / f"{policy_name}-pretrained" / "evaluation.npz"
+    if bf16 is None:
+        bf16 = profile.finetune.get("bf16", True)
+    home = paths.RUNS / profile.name / f"{policy_name}-pretrained"
     source = paths.resolve(profile.policies[policy_name])
+    cache = home / ("evaluation.npz" if bf16 else "evaluation-float32.npz")
     return pictures(source, profile.evaluation, cache, bf16)
 
 

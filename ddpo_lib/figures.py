@@ -73,9 +73,9 @@ def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Pat
     return file
 
 
-def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int, gap: int = 1) -> None:
+def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int) -> None:
     """Draw uint8 pictures (N, H, W, C) side by side on an axis, `columns` in a row."""
-    ax.imshow(tile(pictures, columns, gap))
+    ax.imshow(tile(pictures, columns))
     ax.set_axis_off()
 
 

@@ -21,7 +21,8 @@ def finetune(run: Run) -> Path:
     """Finetune a policy with DDPO, or go on with, or return, a run that is there already.
 
     Every random number of iteration i comes from (seed, i) alone, so a run that was stopped after
-    any iteration and started again ends with the same weights, bit for bit, as one that never was.
+    any iteration and started again ends with the same weights, bit for bit, as one that never was
+    (on a CPU; a GPU may round differently from call to call).
 
     Returns:
         The run's folder; what it holds is described in `runs`. best/ is the policy with the highest

@@ -19,7 +19,7 @@ def fit(work: str, call: Callable[[int], T], batch_size: int) -> T:
 
     Args:
         work: a label, shown when a batch is halved.
-        call: starts anew each time and leaves nothing behind when it fails.
+        call: starts anew each time, whatever a failed one left.
 
     Raises:
         torch.OutOfMemoryError: a batch of one does not fit either.
@@ -34,4 +34,7 @@ def fit(work: str, call: Callable[[int], T], batch_size: int) -> T:
         # Not in the except clause: there the traceback still holds the tensors of the failed call.
         torch.cuda.empty_cache()
         batch_size = _held[work] = batch_size // 2
-        tqdm.write(f"{work}: out of GPU memory, going on with batches of {batch_size}")
+        tqdm.write(
+            f"{work}: out of GPU memory, going on with batches of {batch_size}; set micro_batch to "
+            "that, and rollout and update round alike"
+        )

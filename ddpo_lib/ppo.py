@@ -121,6 +121,7 @@ def update(
     Raises:
         ValueError: no step is stochastic enough (eta = 0, or a large `min_std`).
         FloatingPointError: the gradient is not finite; the weights are left as they were.
+        torch.OutOfMemoryError: not even one pair fits.
     """
     every_step = stochastic_steps(policy, trajectory, settings.min_std)
     kept = draw_steps(every_step, settings.timestep_fraction, generator)

@@ -76,6 +76,7 @@ def open_folder(run: Run) -> Path:
             stored = json.loads(file.read_text())
             changes = config.differences(stored, settings)
             if not changes:
+                write_json(file, settings)  # memory settings may be others now
                 _finish_replacement(home / "last")
                 _finish_replacement(home / "best")
                 return home

@@ -56,12 +56,12 @@ def circle(ax, x, y, text="", color=GREY, radius=0.24, size=10) -> Shape:
     return Shape(patch, x, y)
 
 
-def picture(ax, x, y, image: np.ndarray, size: float = 0.7, color=GREY) -> Shape:
+def picture(ax, x, y, image: np.ndarray, size: float = 0.7) -> Shape:
     """A framed uint8 picture (H, W, 3), `size` inches high, with its centre at (x, y)."""
     left, bottom = x - size / 2, y - size / 2
     extent = (left, left + size, bottom, bottom + size)
     ax.imshow(image, extent=extent, aspect="auto")
-    patch = Rectangle((left, bottom), size, size, fill=False, ec=color, lw=1.2)
+    patch = Rectangle((left, bottom), size, size, fill=False, ec=GREY, lw=1.2)
     return Shape(ax.add_patch(patch), x, y)
 
 

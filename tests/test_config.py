@@ -153,6 +153,7 @@ def test_unknown_choice_names_the_known_ones(name):
     "change, message",
     [
         ({"eta": 0.0}, "eta=0.0: finetuning needs a stochastic sampler"),
+        ({"objective": "ddpo_sf"}, "one update per rollout: .* n_samples, 100"),
         ({"n_samples": 15}, "n_samples=15 is not a multiple of minibatch_size=10"),
         ({"n_steps": 1}, "n_steps=1: must be at least 2"),
         ({"minibatch_size": 0}, "minibatch_size=0: must be at least 1"),

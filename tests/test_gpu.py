@@ -1,5 +1,11 @@
 """The library on a GPU that the CPU plays: every tensor where it must be, the same numbers."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
 import pandas as pd
 import pytest
 import torch
@@ -80,9 +86,9 @@ def test_finetuning_on_a_gpu_is_that_of_the_cpu(tmp_path, monkeypatch, task, fre
     """With the states on the GPU or, where it has no room for them, on the CPU."""
     homes = [finetune.finetune(small_run(tmp_path, monkeypatch, task, "cpu"))]
     with pretend_gpu():
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, free))
         run = small_run(tmp_path, monkeypatch, task, "gpu")
-        homes.append(finetune.finetune(run))
+        with mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (free, free)):
+            homes.append(finetune.finetune(run))
     for name in ("metrics.csv", "rewards.csv"):
         pd.testing.assert_frame_equal(*(pd.read_csv(home / name) for home in homes), rtol=1e-5)
     weights = [load_file(h / "best/unet/diffusion_pytorch_model.safetensors") for h in homes]
@@ -107,15 +113,17 @@ def test_stopped_run_goes_on_on_a_gpu(tmp_path, monkeypatch):
     assert len(metrics) == run.settings.n_updates and metrics["update"].is_unique
 
 
-def test_gpu_without_bfloat16_runs_in_float32(monkeypatch):
+def test_gpu_without_bfloat16_runs_in_float32():
     """A T4 only emulates it."""
+
+    def supported(including_emulation=True):
+        return including_emulation
+
     with pretend_gpu():
         assert policy.load(paths.TOY / "faces").bf16
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-        )
-        assert not policy.load(paths.TOY / "faces").bf16
-        assert policy.load(paths.TOY / "faces", device="cpu").bf16
+        with mock.patch.object(torch.cuda, "is_bf16_supported", supported):
+            assert not policy.load(paths.TOY / "faces").bf16
+            assert policy.load(paths.TOY / "faces", device="cpu").bf16
 
 
 def test_evaluation_and_what_the_chapters_add_on_a_gpu():
@@ -143,3 +151,29 @@ def test_evaluation_and_what_the_chapters_add_on_a_gpu():
         assert all(value.device.type == "cuda" for value in found.values())
         found = {name: value.cpu() for name, value in found.items()}
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- the notebooks
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A project folder whose runs and figures are the tests' own."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "data").mkdir()
+    for name in ("config", "notebooks", "data/toy", "data/thesis"):
+        (root / name).symlink_to(paths.ROOT / name)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb")))
+def test_notebook_runs_on_a_gpu(root, name):
+    done = subprocess.run(
+        [sys.executable, "notebook_on_gpu.py", paths.NOTEBOOKS / f"{name}.ipynb", "smoke"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"DDPO_ROOT": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

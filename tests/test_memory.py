@@ -31,7 +31,7 @@ def test_batch_is_halved_until_it_fits_and_that_is_remembered(capsys):
     work = Small(lambda n: f"done with {n}", int, limit=5)
     assert memory.fit("work", work, 40) == "done with 5"
     assert work.asked == [40, 20, 10, 5]
-    assert "work: out of GPU memory, going on with batches of 5" in capsys.readouterr().out
+    assert "work: out of GPU memory, going on with batches of 5;" in capsys.readouterr().out
     assert memory.fit("work", work, 40) == "done with 5"
     assert memory.fit("work", work, 3) == "done with 3"
     assert work.asked[4:] == [5, 3]

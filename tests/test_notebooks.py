@@ -19,6 +19,7 @@ from PIL import Image
 from ddpo_lib import batch, config, evaluation, figures, paths
 from ddpo_lib.config import Finetune
 
+WORLDS = ("toy", "thesis")
 NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -37,6 +38,11 @@ def parameters(name) -> dict:
 
 def test_batch_has_every_notebook():
     assert sorted(["50_finetune", *batch.NOTEBOOKS]) == NOTEBOOKS
+
+
+def test_what_needs_known_factors_is_made_in_the_toy_world_alone():
+    toy, thesis = (batch.NOTEBOOKS["57_mode_collapse"].files(config.load(p)) for p in WORLDS)
+    assert set(toy) - set(thesis) == {"extra_57_proxy_and_true.png", "extra_57_proxy_and_true.pdf"}
 
 
 def test_batch_makes_every_artefact_of_the_thesis():

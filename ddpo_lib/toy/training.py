@@ -54,7 +54,9 @@ def draw(domain: str, n: int, seed: int, age_balanced: float = 0.0) -> Drawn:
     factors = {name: np.concatenate([part[name] for part in parts]) for name in artist.FACTORS}
     pictures = [
         artist.draw({name: values[i : i + 500] for name, values in factors.items()})
-        for i in tqdm(range(0, n, 500), desc=f"drawing {domain}", unit="500 pictures", leave=False)
+        for i in tqdm(
+            range(0, n, 500), desc=f"drawing {domain}", unit=" × 500 pictures", leave=False
+        )
     ]
     return Drawn(domain, np.concatenate(pictures), factors)
 
