@@ -80,7 +80,8 @@ def smoothed(monkeypatch):
     strength = np.linspace(20, 60, 20).reshape(-1, 1, 1, 1)
     before = (128 + strength * noise).clip(0, 255).astype(np.uint8)
     after = (128 + strength / 4 * noise).clip(0, 255).astype(np.uint8)
-    monkeypatch.setattr(evaluation, "pretrained_pictures", lambda profile, name, bf16: {False: before}[bf16])
+    base = {False: before}  # the runs of these tests are in float32
+    monkeypatch.setattr(evaluation, "pretrained_pictures", lambda profile, name, bf16: base[bf16])
     monkeypatch.setattr(evaluation, "finetuned_pictures", lambda profile, run: after)
     kilobytes = [evaluation.score(images, rewards.jpeg_kilobytes) for images in (before, after)]
     return kilobytes
