@@ -75,8 +75,14 @@ def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Pat
 
 def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int) -> None:
     """Draw uint8 pictures (N, H, W, C) side by side on an axis, `columns` in a row."""
-    ax.imshow(tile(pictures, columns))
+    ax.imshow(tile(pictures, columns), interpolation=interpolation(pictures[0]))
     ax.set_axis_off()
+
+
+def interpolation(picture: np.ndarray) -> str:
+    """For imshow of a picture (H, W, C): small ones show their pixels, of large ones there are more
+    than a figure has."""
+    return "nearest" if picture.shape[0] <= 64 else "antialiased"
 
 
 def tile(pictures: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
+from ddpo_lib.figures import interpolation
+
 INK, FAINT = "#333333", "#848a94"
 GREY, BLUE, ORANGE, GREEN = "#5e6472", "#0077bb", "#d95f02", "#117733"
 FILL = {GREY: "#eef0f2", BLUE: "#ddecf6", ORANGE: "#fdeadb", GREEN: "#e0f0e4"}
@@ -60,7 +62,7 @@ def picture(ax, x, y, image: np.ndarray, size: float = 0.7) -> Shape:
     """A framed uint8 picture (H, W, 3), `size` inches high, with its centre at (x, y)."""
     left, bottom = x - size / 2, y - size / 2
     extent = (left, left + size, bottom, bottom + size)
-    ax.imshow(image, extent=extent, aspect="auto")
+    ax.imshow(image, extent=extent, interpolation=interpolation(image), aspect="auto")
     patch = Rectangle((left, bottom), size, size, fill=False, ec=GREY, lw=1.2)
     return Shape(ax.add_patch(patch), x, y)
 
