@@ -50,6 +50,16 @@ def policy(new_policy) -> Policy:
     return new_policy()
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A project folder whose runs and figures are the tests' own, for DDPO_ROOT."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "data").mkdir()
+    for name in ("config", "notebooks", "data/toy", "data/thesis"):
+        (root / name).symlink_to(paths.ROOT / name)
+    return root
+
+
 class Brightness:
     """The mean of the pixels. Counts its calls, and can be told to misbehave at one of them."""
 

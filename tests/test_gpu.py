@@ -13,17 +13,7 @@ from pretend_gpu import GpuTensor, pretend_gpu
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpo_lib import (
-    config,
-    encoders,
-    finetune,
-    guidance,
-    paths,
-    policy,
-    rewards,
-    runs,
-    sampler,
-)  # fmt: skip
+from ddpo_lib import config, encoders, finetune, guidance, paths, policy, rewards, runs, sampler
 
 # ------------------------------------------------------------------------------- the pretended GPU
 
@@ -154,16 +144,6 @@ def test_evaluation_and_what_the_chapters_add_on_a_gpu():
 
 
 # ------------------------------------------------------------------------------- the notebooks
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A project folder whose runs and figures are the tests' own."""
-    root = tmp_path_factory.mktemp("project")
-    (root / "data").mkdir()
-    for name in ("config", "notebooks", "data/toy", "data/thesis"):
-        (root / name).symlink_to(paths.ROOT / name)
-    return root
 
 
 @pytest.mark.slow

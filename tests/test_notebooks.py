@@ -165,16 +165,6 @@ def test_smoke_profile_has_the_runs_of_the_toy_profile():
 # Running them -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A project folder whose runs and figures are the tests' own, for DDPO_ROOT."""
-    root = tmp_path_factory.mktemp("project")
-    (root / "data").mkdir()
-    for name in ("config", "notebooks", "data/toy", "data/thesis"):
-        (root / name).symlink_to(paths.ROOT / name)
-    return root
-
-
 def call(root, where, *arguments):
     """Run a Python module as a user would, with the tests' project folder."""
     env = os.environ | {"DDPO_ROOT": str(root), "OMP_NUM_THREADS": "1"}
