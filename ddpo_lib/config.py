@@ -241,7 +241,8 @@ class Profile:
     @property
     def is_toy(self) -> bool:
         """Whether the pictures are the toy world's, whose factors are known."""
-        return all(run.source.startswith("toy/") for run in self.batch())
+        sources = [run.source for run in self.batch()] or self.policies.values()
+        return all(source.startswith("toy/") for source in sources)
 
     def published(self, run: Run) -> str | None:
         """Source of the policy that others finetuned as `run` would, None if there is none."""

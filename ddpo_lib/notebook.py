@@ -69,7 +69,7 @@ def finetuned(profile: Profile, wanted: list[Run]) -> list[Path]:
     missing = [run for run in wanted if batch.iterations_done(run) < run.settings.n_iterations]
     if missing:
         minutes = ""
-        if all(run.source.startswith("toy/") for run in missing):
+        if profile.is_toy:
             minutes = f", about {batch.seconds(profile, missing, {}, cores=1) / 60:.0f} min"
         print(f"to be finetuned first{minutes}: {', '.join(run.name for run in missing)}")
     with bars():
