@@ -13,10 +13,10 @@ help: ## this list
 # Snakemake's own lock outlives a kill and would block the next start, so it is off. What must never
 # happen twice at once, the finetuning of one run, takes a lock that dies with its process.
 reproduce: $(INSTALLED) ## every figure and table; PROFILE=toy, CORES=all of them
-	@$(VENV)/python -m ddpo_lib.batch plan $(PROFILE) --cores $(CORES)
+	@$(VENV)/python -m ddpo_lib.book.batch plan $(PROFILE) --cores $(CORES)
 	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
 		--nolock --rerun-incomplete --keep-going --quiet host
-	@$(VENV)/python -m ddpo_lib.batch report $(PROFILE)
+	@$(VENV)/python -m ddpo_lib.book.batch report $(PROFILE)
 
 report: $(INSTALLED) ## one page with every figure: report.html
 	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --report report.html --config profile=$(PROFILE) --quiet

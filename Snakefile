@@ -3,97 +3,82 @@
 `make reproduce` is the usual way in; `snakemake --cores 2 --config profile=toy` is the same batch.
 """
 
-import dataclasses
+import os
 from pathlib import Path
 
-from ddpo_lib import paths
-from ddpo_lib.batch import FINETUNE_PARAMETERS, NOTEBOOKS, needs_finetunings
-from ddpo_lib.config import SPEED_ONLY, Finetune, load
+from ddpo_lib.book import finetuning, paths
+from ddpo_lib.book.batch import FINETUNE_PARAMETERS, contents
+from ddpo_lib.book.profiles import load
 
 
-workdir: str(paths.ROOT)
+workdir: str(paths.OUTPUT)
 
 
 PROFILE = load(config.get("profile", "toy"))
-RUNS = {run.name: run for run in PROFILE.batch()}
 HOME = f"data/runs/{PROFILE.name}"
 FIGURES = f"figures/{PROFILE.name}"
+NOTEBOOKS = os.path.relpath(paths.NOTEBOOKS, paths.OUTPUT)
+
+# By folder: retrained models and changed settings, but for n_iterations, have another.
+RUNS = {finetuning.home(run).name: run for run in PROFILE.batch()}
 
 # An edited library redraws the figures, which takes minutes; it does not finetune again.
-LIBRARY = sorted(Path(paths.__file__).parent.rglob("*.py"))
+LIBRARY = sorted(Path(paths.__file__).parents[1].rglob("*.py"))
 
 # Retrained toy models redraw them too: some notebooks look at the toy world in every profile.
-TOY = sorted((paths.DATA / "toy").rglob("*.safetensors"))
+TOY = sorted(paths.TOY.rglob("*.safetensors"))
 
 # What two notebooks print at once nobody can read: it goes to a file, of which a failure shows
 # the end. The kernel is named because editors like to write their own into a notebook.
-PAPERMILL = "papermill --kernel python3 --no-progress-bar {input.notebook} {log.notebook}"
-QUIETLY = " > {log.text} 2>&1 || {{ tail -n 20 {log.text} >&2; exit 1; }}"
-
-
-# Settings that a finished run does not have to be made again for are left out.
-DECISIVE = [f.name for f in dataclasses.fields(Finetune) if f.name not in SPEED_ONLY]
-
-
-def setting(name):
-    return lambda wildcards: getattr(RUNS[wildcards.run].settings, name)
-
-
-def weights(run):
-    """Of its policy and of its reward, under data/: retrained ones are another experiment."""
-    folders = [paths.DATA / source for source in run.sources.values()]
-    return sorted(file for folder in folders for file in folder.rglob("*.safetensors"))
+PAPERMILL = "papermill --kernel python3 --no-progress-bar {input.notebook:q} {log.notebook:q}"
+QUIETLY = " > {log.text:q} 2>&1 || {{ tail -n 20 {log.text:q} >&2; exit 1; }}"
 
 
 rule all:
     input:
-        [f"{FIGURES}/{file}" for entry in NOTEBOOKS.values() for file in entry.files(PROFILE)],
+        [f"{FIGURES}/{file}" for entry in contents().values() for file in entry.files(PROFILE)],
     message:
         "everything is there"
 
 
-# Only evaluation.json, a run's last word, is declared. Snakemake deletes the declared output of a
-# job that failed or starts over, and the checkpoints must survive that for the run to go on.
+# Snakemake deletes the declared output of a job that failed or starts over, and takes for made what
+# somebody made by hand. So it is a mark of its own, and the checkpoints survive for the run to go on.
 # One thread each: two finetunings side by side are as fast as one after the other on two threads.
 rule finetune:
     input:
-        lambda wildcards: weights(RUNS[wildcards.run]),
-        notebook="notebooks/50_finetune.ipynb",
+        notebook=NOTEBOOKS + "/50_finetune.ipynb",
     output:
-        HOME + "/{run}/evaluation.json",
+        touch(HOME + "/{home}/batch.done"),
     log:
-        notebook=HOME + "/notebooks/50_finetune-{run}.ipynb",
-        text=HOME + "/notebooks/50_finetune-{run}.log",
+        notebook=HOME + "/notebooks/50_finetune-{home}.ipynb",
+        text=HOME + "/notebooks/50_finetune-{home}.log",
     params:
-        # One by one, so that the reason for a rerun shows the setting that has changed.
-        **{name: setting(name) for name in DECISIVE},
         profile=PROFILE.name,
-        policy=lambda wildcards: RUNS[wildcards.run].policy,
-        task=lambda wildcards: RUNS[wildcards.run].task,
-        seed=lambda wildcards: RUNS[wildcards.run].seed,
-        source=lambda wildcards: RUNS[wildcards.run].source,
-        reward=lambda wildcards: RUNS[wildcards.run].reward,
-        # As text: Snakemake does not notice a change inside an object.
-        models=str(PROFILE.models),
+        policy=lambda wildcards: RUNS[wildcards.home].policy,
+        task=lambda wildcards: RUNS[wildcards.home].task,
+        seed=lambda wildcards: RUNS[wildcards.home].seed,
+        # For the rest, a change is a reason to run again.
+        n_iterations=lambda wildcards: RUNS[wildcards.home].settings.n_iterations,
         evaluation=str(PROFILE.evaluation),
     priority: 1
     threads: 1
     message:
-        "finetune {wildcards.run}"
+        "finetune {wildcards.home}"
     shell:
-        PAPERMILL + "".join(f" -p {name} {{params.{name}}}" for name in FINETUNE_PARAMETERS) + QUIETLY
+        PAPERMILL + "".join(f" -p {name} {{params.{name}:q}}" for name in FINETUNE_PARAMETERS) + QUIETLY
 
 
-for name, notebook in NOTEBOOKS.items():
+for name, notebook in contents().items():
 
     rule:
         name:
             name
         input:
-            [f"{HOME}/{run}/evaluation.json" for run in RUNS] if needs_finetunings(name) else [],
+            # All of chapter 5 and the appendices show finetuned policies.
+            [f"{HOME}/{home}/batch.done" for home in RUNS] if name > "50" else [],
             LIBRARY,
             TOY,
-            notebook=f"notebooks/{name}.ipynb",
+            notebook=f"{NOTEBOOKS}/{name}.ipynb",
         output:
             [
                 report(f"{FIGURES}/{file}", category=f"chapter {name[0]}", subcategory=name)
@@ -102,8 +87,10 @@ for name, notebook in NOTEBOOKS.items():
         log:
             notebook=f"{HOME}/notebooks/{name}.ipynb",
             text=f"{HOME}/notebooks/{name}.log",
+        params:
+            profile=PROFILE.name,
         threads: 1
         message:
             name
         shell:
-            PAPERMILL + f" -p profile {PROFILE.name}" + QUIETLY
+            PAPERMILL + " -p profile {params.profile:q}" + QUIETLY

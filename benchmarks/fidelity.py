@@ -10,12 +10,18 @@ import argparse
 import copy
 import json
 import math
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ddpo_lib import config, paths, policy, ppo, rewards, sampler
+from ddpo_lib import policy, rewards, sampler
+from ddpo_lib.book import paths, profiles
+from ddpo_lib.experience import Experience, learnable_steps, pairs, rescore
 from ddpo_lib.log_probs import log_prob
+from ddpo_lib.objectives import ddpo
+from ddpo_lib.settings import Finetune
+from ddpo_lib.update import update
 
 SEED = 0
 
@@ -23,24 +29,25 @@ SEED = 0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="toy")
-    run = config.load(parser.parse_args().profile).run("faces", "compressibility")
-    settings = run.settings
+    run = profiles.load(parser.parse_args().profile).run("faces", "compressibility")
+    settings, own = run.settings, run.objective_settings
     pretrained = policy.load(paths.resolve(run.source))
+    seeds = sampler.seeds(SEED, settings.n_samples)
     trajectory = sampler.rollout(
         pretrained,
-        sampler.noise(pretrained, settings.n_samples, SEED),
+        sampler.noise(pretrained, seeds),
         settings.n_steps,
-        torch.Generator().manual_seed(SEED),
+        seeds,
         settings.eta,
         settings.log_prob_reduction,
         progress="rollout",
     )
     reward = rewards.jpeg_compressibility(trajectory.x_0)
-    advantage = ppo.advantages(reward, settings.advantage_clip)
+    advantage = ddpo.advantages(reward, own.advantage_clip)
     result = {
         "jpeg": jpeg(trajectory.x_0),
-        "advantages": advantage_scopes(reward, settings),
-        "gradient": gradients(pretrained, trajectory, advantage, settings),
+        "advantages": advantage_scopes(reward, settings, own),
+        "gradient": gradients(pretrained, trajectory, advantage, own),
         "updated": after_one_iteration(pretrained, run, trajectory, advantage),
     }
     print(json.dumps(result, indent=1))
@@ -59,23 +66,21 @@ def jpeg(pictures: torch.Tensor) -> dict:
     }
 
 
-def advantage_scopes(reward: torch.Tensor, settings: config.Finetune) -> dict:
-    """Standardised over the iteration, and within the mini-batches of one random order."""
-    order = torch.randperm(len(reward), generator=torch.Generator().manual_seed(SEED))
-    groups = torch.empty(len(reward), dtype=torch.long)
-    groups[order] = torch.arange(len(reward)) // settings.minibatch_size
-    whole = ppo.advantages(reward, settings.advantage_clip)
-    within = ppo.advantages(reward, settings.advantage_clip, groups)
+def advantage_scopes(reward: torch.Tensor, settings: Finetune, own: ddpo.Settings) -> dict:
+    """Standardised over the iteration, and within mini-batches of consecutive samples."""
+    groups = torch.arange(len(reward)) // settings.minibatch_size
+    whole = ddpo.advantages(reward, own.advantage_clip)
+    within = ddpo.advantages(reward, own.advantage_clip, groups)
     return {
         "correlation": torch.corrcoef(torch.stack([whole, within]))[0, 1].item(),
         "share_with_other_sign": (whole.sign() != within.sign()).float().mean().item(),
     }
 
 
-def gradients(pretrained, trajectory, advantage, settings) -> dict:
+def gradients(pretrained, trajectory, advantage, own) -> dict:
     """Of all steps, without the last stochastic one, and of that alone: norm, and the cosine
     between two halves of the samples, which is near 0 where there is only noise."""
-    std = policy.sigma(pretrained, trajectory.timesteps, trajectory.t_prev, trajectory.eta).tolist()
+    std, n = trajectory.stds.tolist(), len(advantage)
     stochastic = [k for k, value in enumerate(std) if value > 0]
     parts = {
         "all_steps": stochastic,
@@ -83,12 +88,12 @@ def gradients(pretrained, trajectory, advantage, settings) -> dict:
         "last_stochastic_alone": stochastic[-1:],
     }
     result = {"last_sigmas": std[-4:]}
-    even, odd = torch.arange(0, settings.n_samples, 2), torch.arange(1, settings.n_samples, 2)
+    even, odd = torch.arange(0, n, 2), torch.arange(1, n, 2)
     squared_scores = [1 / std[k] ** 2 for k in stochastic]
     result["last_share_of_squared_score"] = squared_scores[-1] / sum(squared_scores)
     for name, steps in parts.items():
         halves = [
-            gradient(pretrained, trajectory, advantage, settings, steps, samples)
+            gradient(pretrained, trajectory, advantage, own, steps, samples)
             for samples in (even, odd)
         ]
         result[name] = {
@@ -99,14 +104,12 @@ def gradients(pretrained, trajectory, advantage, settings) -> dict:
     return result
 
 
-def gradient(pretrained, trajectory, advantage, settings, steps, samples) -> torch.Tensor:
+def gradient(pretrained, trajectory, advantage, own, steps, samples) -> torch.Tensor:
     """Of the clipped objective over some steps of some samples, flat."""
     learner = copy.deepcopy(pretrained)
     for k in steps:
-        index = torch.full((len(samples),), k)
-        new = ppo.score(learner, trajectory, index, samples)
-        old = trajectory.log_probs[k, samples]
-        terms = ppo.ddpo_is_loss(new, old, advantage[samples], settings.clip_range)
+        new = rescore(learner, trajectory, torch.full((len(samples),), k), samples)
+        terms = ddpo.is_loss(new.log_ratio, advantage[samples], own.clip_range)
         (terms.sum() / len(samples)).backward()
     return torch.cat([p.grad.reshape(-1) for p in learner.unet.parameters()])
 
@@ -114,28 +117,40 @@ def gradient(pretrained, trajectory, advantage, settings, steps, samples) -> tor
 def after_one_iteration(pretrained, run, trajectory, advantage) -> dict:
     """Log-ratios after one iteration's updates: per step, summed over pixels, and the last step's
     under a floor of 1e-6 for sigma, where it should be no action at all."""
-    settings = run.settings
+    settings, own = run.settings, run.objective_settings
     learner = copy.deepcopy(pretrained)
     optimizer = torch.optim.AdamW(learner.unet.parameters(), lr=settings.learning_rate)
+    seen = Experience(trajectory, None, learnable_steps(trajectory.stds, settings.min_std))
     for samples in torch.arange(settings.n_samples).split(settings.minibatch_size):
-        part = ppo.select(trajectory, samples)
-        ppo.update(learner, optimizer, part, advantage[samples], settings, settings.learning_rate)
+        rows = pairs(seen.steps, samples)
+        update(
+            learner.unet,
+            optimizer,
+            rows,
+            lambda part: ddpo.loss(learner, seen, part, advantage, own, None),
+            n_units=len(rows),
+            micro_batch=settings.micro_batch,
+            max_grad_norm=settings.max_grad_norm,
+            rate=settings.learning_rate,
+        )
     everyone = torch.arange(settings.n_samples)
     n_values = math.prod(pretrained.image_shape)
 
-    def log_ratio(k, floor=0.0):
+    def log_ratio(k, floor=0.0, bf16=settings.bf16):
         t = trajectory.timesteps[k].expand(len(everyone))
         t_prev = trajectory.t_prev[k].expand(len(everyone))
         with torch.no_grad():
             old, new = (
                 policy.transition(model, trajectory.states[k], t, t_prev, trajectory.eta)
-                for model in (pretrained, learner)
+                for model in (replace(pretrained, bf16=bf16), replace(learner, bf16=bf16))
             )
         std = old.std.clamp(min=floor)
         x = trajectory.states[k + 1] if old.std[0] > 0 else old.mean
         return log_prob(x, new.mean, std) - log_prob(x, old.mean, std)
 
     steps = torch.stack([log_ratio(k) for k in range(settings.n_steps - 1)])
+    in_float32 = torch.stack([log_ratio(k, bf16=False) for k in range(settings.n_steps - 1)])
+    both = torch.stack([steps.flatten(), in_float32.flatten()])
     floored = log_ratio(settings.n_steps - 1, floor=1e-6)
 
     def clip_fraction(scale, clip_range):
@@ -144,6 +159,7 @@ def after_one_iteration(pretrained, run, trajectory, advantage) -> dict:
     return {
         "median_abs_log_ratio_mean_over_pixels": steps.abs().median().item(),
         "median_abs_log_ratio_sum_over_pixels": n_values * steps.abs().median().item(),
+        "correlation_with_float32": torch.corrcoef(both)[0, 1].item(),
         "median_abs_log_ratio_of_last_step_floored": floored.abs().median().item(),
         "clip_fraction_mean_1e-4": clip_fraction(1, 1e-4),
         "clip_fraction_mean_1e-2": clip_fraction(1, 1e-2),

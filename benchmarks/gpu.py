@@ -32,8 +32,10 @@ from iteration import ddim, new_optimizer, straightforward_iteration
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpo_lib import policy, ppo, rewards, sampler
-from ddpo_lib.config import Finetune
+from ddpo_lib import finetune, policy, rewards, sampler
+from ddpo_lib.experience import learnable_steps, pairs, rescore
+from ddpo_lib.objectives import ddpo
+from ddpo_lib.settings import Finetune
 
 BATCH = 10
 
@@ -78,13 +80,19 @@ def main() -> None:
 
 
 def new_policy(small: bool) -> policy.Policy:
-    """The architecture of google/ddpm-celebahq-256 with random weights."""
-    widths = (8, 8) if small else (128, 128, 256, 256, 512, 512)
+    torch.manual_seed(0)
+    unet = exact_unet(16, (8, 8), groups=4) if small else exact_unet(256)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = unet.eval().to(device, memory_format=torch.channels_last)
+    return policy.Policy(unet, DDPMScheduler(1000))
+
+
+def exact_unet(side: int, widths=(128, 128, 256, 256, 512, 512), groups: int = 32) -> UNet2DModel:
+    """google/ddpm-celebahq-256's network as its config.json describes it, with random weights."""
     down, up = ["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths)
     down[-2], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16 if small else 256,
+    return UNet2DModel(
+        sample_size=side,
         block_out_channels=widths,
         down_block_types=down,
         up_block_types=up,
@@ -94,29 +102,29 @@ def new_policy(small: bool) -> policy.Policy:
         flip_sin_to_cos=False,
         freq_shift=1,
         norm_eps=1e-6,
-        norm_num_groups=4 if small else 32,
+        norm_num_groups=groups,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = unet.eval().to(device, memory_format=torch.channels_last)
-    return policy.Policy(unet, DDPMScheduler(1000))
 
 
 # ------------------------------------------------------------------------------- an iteration
 
 
 def measure_ours(pretrained: policy.Policy, settings: Finetune) -> dict:
-    """As `finetune.iterate` does it, with a clock between rollout and updates."""
+    """`finetune.iterate`, with a clock where the reward is asked for, between rollout and updates."""
     learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, settings.bf16)
-    optimizer = new_optimizer(learner.unet, settings)
-    start = clock(reset_memory=True)
-    trajectory = rollout(learner, settings)
-    reward = rewards.jpeg_compressibility(trajectory.x_0)
-    middle = clock()
-    advantage = ppo.advantages(reward, settings.advantage_clip)
-    for samples in torch.arange(settings.n_samples).split(BATCH):
-        part = ppo.select(trajectory, samples)
-        ppo.update(learner, optimizer, part, advantage[samples], settings, settings.learning_rate)
-    end = clock()
+    clocks = [clock(reset_memory=True)]
+
+    def reward(images):
+        scores = rewards.jpeg_compressibility(images)
+        clocks.append(clock())
+        return scores
+
+    training = finetune.Training(
+        learner, new_optimizer(learner.unet, settings), rewards.checked(reward), ddpo,
+        ddpo.Settings(), None, settings, seed=0,
+    )  # fmt: skip
+    finetune.iterate(training, iteration=1)
+    (start, middle), end = clocks, clock()
     return {
         "iteration_s": end - start,
         "rollout_s": middle - start,
@@ -130,19 +138,6 @@ def measure_straightforward(pretrained: policy.Policy, settings: Finetune) -> di
     start = clock(reset_memory=True)
     straightforward_iteration(learner, settings)
     return {"iteration_s": clock() - start, "peak_memory_gb": peak_memory()}
-
-
-def rollout(learner: policy.Policy, settings: Finetune, n: int | None = None) -> sampler.Trajectory:
-    x_T = sampler.noise(learner, n or settings.n_samples, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    return sampler.rollout(
-        learner,
-        x_T,
-        settings.n_steps,
-        generator,
-        batch_size=settings.micro_batch,
-        store=sampler.roomy_device(learner, len(x_T), settings.n_steps),
-    )
 
 
 def clock(reset_memory: bool = False) -> float:
@@ -171,7 +166,7 @@ def median(turns: list[dict]) -> dict:
 def arithmetic(pretrained: policy.Policy, settings: Finetune) -> float:
     """Floating-point operations of an iteration; a backward pass counts as two forward ones."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        x_t = sampler.noise(pretrained, 1, seed=0)
+        x_t = sampler.noise(pretrained, [0])
         policy.predict_noise(pretrained, x_t, torch.zeros(1, dtype=torch.long, device=x_t.device))
     passes = settings.n_samples * (settings.n_steps + 3 * (settings.n_steps - 1))
     return passes * counter.get_total_flops()
@@ -197,7 +192,7 @@ def sampling(pretrained: policy.Policy, settings: Finetune) -> dict:
     pipeline = DDIMPipeline(unet=pretrained.unet, scheduler=ddim(pretrained, settings))
     pipeline.set_progress_bar_config(disable=True)
     n = min(settings.micro_batch, settings.n_samples)
-    x_T = sampler.noise(pretrained, n, seed=1)
+    x_T = sampler.noise(pretrained, sampler.seeds(1, n))
     steps = settings.n_steps
     ways = {
         "ours": lambda: sampler.sample(pretrained, x_T, steps),
@@ -225,14 +220,16 @@ def exactness(pretrained: policy.Policy, settings: Finetune) -> dict:
     gradients, ratios = {}, {}
     for name, bf16 in (("fp32", False), ("bf16", True)):
         learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, bf16)
-        own = rollout(learner, settings, n=settings.micro_batch)
-        advantage = torch.linspace(-1, 1, settings.micro_batch, device=own.log_probs.device)
+        n = settings.micro_batch
+        seeds = sampler.seeds(0, n)
+        own = sampler.rollout(learner, sampler.noise(learner, seeds), settings.n_steps, seeds)
+        advantage = torch.linspace(-1, 1, n, device=learner.device)
         errors = []
-        pairs = ppo.stochastic_pairs(learner, own)
-        for k, i in zip(*(index.split(settings.micro_batch) for index in pairs), strict=True):
-            new = ppo.score(learner, own, k, i)
-            errors.append((new - own.log_probs[k, i]).detach().exp() - 1)
-            (-advantage[i] * new).sum().backward()
+        rows = pairs(learnable_steps(own.stds), torch.arange(n))[:, 0]
+        for part in rows.split(n):
+            new = rescore(learner, own, *part.unbind(-1))
+            errors.append(new.log_ratio.detach().exp() - 1)
+            (-advantage[part[:, 1]] * new.log_prob).sum().backward()
         gradients[name] = torch.cat([p.grad.reshape(-1) for p in learner.unet.parameters()])
         ratios[f"max_ratio_error_{name}"] = torch.cat(errors).abs().max().item()
     cosine = cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0)

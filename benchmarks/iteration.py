@@ -21,11 +21,16 @@ import time
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ddpo_lib import finetune, paths, policy, ppo, rewards, sampler
-from ddpo_lib.config import Finetune, Models, Run
+from ddpo_lib import finetune, policy, rewards, sampler
+from ddpo_lib.book import paths
+from ddpo_lib.experience import Experience, learnable_steps
+from ddpo_lib.objectives import ddpo
+from ddpo_lib.settings import Finetune
 from ddpo_lib.toy.policies import new_unet
+from ddpo_lib.update import update
 
 BATCH = 10
+REWARD, OWN = rewards.jpeg_compressibility, ddpo.Settings()
 
 
 def main() -> None:
@@ -80,12 +85,11 @@ def new_optimizer(unet, settings: Finetune) -> torch.optim.Optimizer:
 
 
 def our_iteration(learner: policy.Policy, settings: Finetune) -> None:
-    run = Run(
-        "toy", "faces", "toy/faces", "benchmark", "jpeg_compressibility", 0,
-        Models("toy/clip", "toy/aesthetic", "toy/age"), settings,
+    training = finetune.Training(
+        learner, new_optimizer(learner.unet, settings), rewards.checked(REWARD), ddpo, OWN, None,
+        settings, seed=0,
     )  # fmt: skip
-    optimizer = new_optimizer(learner.unet, settings)
-    finetune.iterate(learner, optimizer, rewards.jpeg_compressibility, run, iteration=0)
+    finetune.iterate(training, iteration=1)
 
 
 # ------------------------------------------------------------------ the straightforward loop
@@ -97,11 +101,11 @@ def straightforward_iteration(learner: policy.Policy, settings: Finetune) -> Non
     optimizer = new_optimizer(unet, settings)
     generator = torch.Generator().manual_seed(0)
     batches = [sample_batch(unet, scheduler, generator) for _ in range(settings.n_samples // BATCH)]
-    scores = [rewards.jpeg_compressibility(states[-1]) for states, _ in batches]
+    scores = [REWARD(states[-1]) for states, _ in batches]
     everything = torch.cat(scores)
     for (states, log_probs), score in zip(batches, scores, strict=True):
         advantage = (score - everything.mean()) / (everything.std() + 1e-8)
-        advantage = advantage.clamp(-settings.advantage_clip, settings.advantage_clip)
+        advantage = advantage.clamp(-OWN.advantage_clip, OWN.advantage_clip)
         accumulate_gradient(unet, scheduler, states, log_probs, advantage, settings, optimizer)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), settings.max_grad_norm)
         optimizer.step()
@@ -134,7 +138,7 @@ def accumulate_gradient(unet, scheduler, states, old, advantage, settings, optim
         eps = unet(states[k], t).sample
         mean, std = mean_and_std(scheduler, eps, t, states[k])
         ratio = (gaussian_log_prob(states[k + 1], mean, std) - old[k]).exp()
-        clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
+        clipped = ratio.clamp(1 - OWN.clip_range, 1 + OWN.clip_range)
         loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
         loss.backward()
 
@@ -160,9 +164,11 @@ def gaussian_log_prob(x, mean, std):
 def cosine(pretrained: policy.Policy, settings: Finetune) -> float:
     """Between the two gradients of one mini-batch, at the same weights and trajectories."""
     learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, bf16=False)
-    x_T, generator = sampler.noise(learner, BATCH, 1), torch.Generator().manual_seed(1)
-    trajectory = sampler.rollout(learner, x_T, settings.n_steps, generator)
-    advantage = ppo.advantages(rewards.jpeg_compressibility(trajectory.x_0), 4.5)
+    seeds = sampler.seeds(1, BATCH)
+    trajectory = sampler.rollout(learner, sampler.noise(learner, seeds), settings.n_steps, seeds)
+    scores = REWARD(trajectory.x_0)
+    seen = Experience(trajectory, scores, learnable_steps(trajectory.stds))
+    advantage = ddpo.credit(seen, OWN, settings, None)
     optimizer = new_optimizer(learner.unet, settings)
 
     def gradient():
@@ -173,7 +179,17 @@ def cosine(pretrained: policy.Policy, settings: Finetune) -> float:
         settings, optimizer,
     )  # fmt: skip
     theirs = gradient()
-    ppo.update(learner, optimizer, trajectory, advantage, settings, rate=0.0)
+    rows = torch.cat(ddpo.units(seen, OWN, settings, torch.Generator()))
+    update(
+        learner.unet,
+        optimizer,
+        rows,
+        lambda part: ddpo.loss(learner, seen, part, advantage, OWN, None),
+        n_units=len(rows),
+        micro_batch=settings.micro_batch,
+        max_grad_norm=settings.max_grad_norm,
+        rate=0.0,
+    )
     ours = gradient()
     return torch.nn.functional.cosine_similarity(ours, theirs, dim=0).item()
 

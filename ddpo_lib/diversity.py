@@ -1,20 +1,17 @@
-"""How varied a set of pictures is: embeddings, a map of them, Vendi score, entropy of a factor."""
+"""How varied a set of images is: embeddings, a map of them, Vendi score, entropy of a factor."""
 
 import numpy as np
 import torch
-from sklearn.manifold import TSNE
 
-from ddpo_lib import encoders, paths, rewards
-from ddpo_lib.config import Models
+from ddpo_lib import encoders, rewards
 
 PERPLEXITY = 30
 
 
-def embed(pictures: np.ndarray, models: Models) -> np.ndarray:
-    """CLIP embeddings (n, D), float64 of length 1, of uint8 pictures (n, H, W, 3)."""
-    clip = encoders.load_clip(paths.resolve(models.clip))
+def embed(images: np.ndarray, clip: encoders.Clip) -> np.ndarray:
+    """CLIP embeddings (n, D), float64 of length 1, of uint8 images (n, S, S, 3)."""
     with torch.no_grad():
-        embeddings = encoders.embed_images(clip, rewards.from_uint8(torch.from_numpy(pictures)))
+        embeddings = encoders.embed_images(clip, rewards.from_uint8(torch.from_numpy(images)))
     return embeddings.double().cpu().numpy()
 
 
@@ -24,31 +21,35 @@ def tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
     Distances across the map and areas of its clusters mean nothing. The perplexity is 30, or a
     third of n where there are fewer than 90.
 
+    Raises:
+        ValueError: fewer than four embeddings, one that is not finite, or all the same.
+
     Source: van der Maaten and Hinton, 2008.
     """
-    if embeddings.ndim != 2 or len(embeddings) < 4:
-        raise ValueError(
-            f"t-SNE of an array of shape {embeddings.shape}: give embeddings (n, D) of at least "
-            "four pictures"
-        )
+    _check(embeddings, "t-SNE", at_least=4)
+    if np.ptp(embeddings, axis=0).max() <= 1e-6 * np.abs(embeddings).max():
+        raise ValueError(f"t-SNE of {len(embeddings)} images with one and the same embedding")
+    from sklearn.manifold import TSNE  # takes a second
+
     perplexity = min(PERPLEXITY, len(embeddings) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(embeddings)
 
 
 def vendi_score(embeddings: np.ndarray) -> float:
-    """The effective number of different pictures: 1 where all are the same, n where none are alike.
+    """The effective number of different images: 1 where all are the same, n where none are alike.
 
-    With the eigenvalues l_i of K / n, where K holds the cosines between the pictures, it is
+    With the eigenvalues l_i of K / n, where K holds the cosines between the images, it is
     exp(-sum_i l_i log l_i).
 
     Args:
-        embeddings: (n, D), each of length 1.
+        embeddings: (n, D), n at least 1, each of length 1.
 
     Raises:
-        ValueError: an embedding is of another length.
+        ValueError: no embeddings, or one that is of another length or not finite.
 
     Source: Friedman and Dieng, 2023, definition 3.1.
     """
+    _check(embeddings, "the Vendi score", at_least=1)
     lengths = np.linalg.norm(embeddings, axis=1)
     if not np.allclose(lengths, 1, atol=1e-3):
         raise ValueError(
@@ -65,15 +66,31 @@ def entropy(values: np.ndarray, levels: np.ndarray) -> float:
     """Shannon entropy in bits of values (n,), each counted at the nearest of the levels (k,).
 
     From 0, where all fall to one level, to log2 k, where they are spread evenly.
+
+    Raises:
+        ValueError: no values or no levels, or one that is not finite.
     """
     levels = np.unique(levels)
-    if not (len(values) and len(levels) and np.isfinite(values).all()):
+    if not (
+        len(values) and len(levels) and np.isfinite(values).all() and np.isfinite(levels).all()
+    ):
         raise ValueError(
             f"entropy of {len(values)} values at {len(levels)} levels: give at least one of each, "
-            "all values finite"
+            "all finite"
         )
     nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
     return float(_entropy(np.bincount(nearest) / len(values)) / np.log(2))
+
+
+def _check(embeddings: np.ndarray, what: str, at_least: int) -> None:
+    if embeddings.ndim != 2 or len(embeddings) < at_least:
+        raise ValueError(
+            f"{what} of an array of shape {embeddings.shape}: give embeddings (n, D) of at least "
+            f"{at_least} images"
+        )
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1)).tolist()
+    if bad:
+        raise ValueError(f"{what}: embeddings {bad[:10]} are not finite")
 
 
 def _entropy(shares: np.ndarray) -> float:

@@ -1,21 +1,17 @@
-"""Frozen networks that look at pictures: CLIP, the aesthetic head on top of it, the age classifier.
+"""Frozen networks that look at images: CLIP, the aesthetic head on top of it, the age classifier.
 
-All take a float batch (N, 3, H, W) in [-1, 1] of any square size and are differentiable with
-respect to it, because their preprocessing works on tensors. The loaders read the toy world's
-folders and the real checkpoints alike.
+All take float images (N, 3, S, S) in [-1, 1] of any size S and are differentiable with respect to
+them, because their preprocessing works on tensors.
 """
 
 import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import ViTForImageClassification, ViTImageProcessor
 
 from ddpo_lib import hub
 
@@ -38,12 +34,12 @@ class Clip:
 
     model: nn.Module
     """An open_clip model with frozen weights."""
-    tokenizer: object
+    tokenizer: object = field(repr=False, compare=False)  # it would bring its folder's path
     """Takes a list of texts, gives int64 tokens (N, context length)."""
     image_size: int
-    """Side of the square picture that the image tower takes, in pixels."""
+    """Side of the square image that the image tower takes, in pixels."""
     mean: Numbers
-    """Per channel, of pictures in [0, 1]."""
+    """Per channel, of images in [0, 1]."""
     std: Numbers
 
 
@@ -51,12 +47,10 @@ class Clip:
 class AgeClassifier:
     """A vision transformer with FairFace's nine age classes, with what its inputs need."""
 
-    model: ViTForImageClassification
-    """Frozen weights."""
+    model: nn.Module
+    """A `ViTForImageClassification` with frozen weights."""
     image_size: int
-    """Side of the square picture that it takes, in pixels."""
     mean: Numbers
-    """Per channel, of pictures in [0, 1]."""
     std: Numbers
 
 
@@ -93,12 +87,14 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
         FileNotFoundError: no such folder or pretrained model, or the Hub did not give it.
         ValueError: the folder's files do not make a CLIP model, or are truncated.
     """
+    import open_clip
+
     source = str(source)
     architecture, _, tag = source.partition("@")[0].rpartition(":")
     if Path(source).is_dir():
-        weights = Path(source) / "open_clip_model.safetensors"
-        _require(weights, "a CLIP folder", "open_clip_config.json")
-        name, options = f"local-dir:{Path(source).resolve()}", {}
+        folder = Path(source).resolve()
+        _require(folder, "a CLIP folder", "open_clip_config.json", "open_clip_model.safetensors")
+        name, options = f"local-dir:{folder}", {}
     elif (architecture, tag) in open_clip.list_pretrained():
         recipe = open_clip.get_pretrained_cfg(architecture, tag)
         name, options = architecture, {
@@ -122,15 +118,13 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
     except Exception as error:
         raise _unreadable(source, "a CLIP model", error) from error
     preprocess = open_clip.get_model_preprocess_cfg(model)
-    size = preprocess["size"]
+    mean, std, size = (preprocess[key] for key in ("mean", "std", "size"))
     size = size if isinstance(size, int) else size[0]
-    return Clip(
-        _freeze(model, device), tokenizer, size, tuple(preprocess["mean"]), tuple(preprocess["std"])
-    )
+    return Clip(_frozen(model, device), tokenizer, size, tuple(mean), tuple(std))
 
 
 def embed_images(clip: Clip, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    """L2-normalised CLIP embeddings (N, D) of a float batch (N, 3, H, W) in [-1, 1]."""
+    """L2-normalised CLIP embeddings (N, D) of float images (N, 3, S, S) in [-1, 1]."""
     embeddings = [
         clip.model.encode_image(_prepare(part, clip, _resize))
         for part in _on(clip.model, images).split(batch_size)
@@ -159,35 +153,38 @@ def load_aesthetic_head(source: str | Path, device: str | None = None) -> Aesthe
     weights = hub.fetch("aesthetic", str(source))
     if weights.suffix not in (".pth", ".safetensors"):
         weights = weights / "model.safetensors"
-    _require(weights, "an aesthetic head's folder")
-    if weights.suffix == ".pth":
-        _check_sha256(weights, LAION_HEAD_SHA256)
+    _require(weights.parent, "an aesthetic head's folder", weights.name)
+    pickled = weights.suffix == ".pth"
+    if pickled and (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != LAION_HEAD_SHA256:
+        raise ValueError(
+            f"{weights} is not the head that LAION published, {hub.LAION_HEAD}: its sha256 is "
+            f"{found} and not {LAION_HEAD_SHA256}. Fetch it again; save a head of your own as "
+            "model.safetensors"
+        )
     try:
-        if weights.suffix == ".pth":
-            state = torch.load(weights, "cpu", weights_only=True)
-        else:
-            state = load_file(weights)
+        state = torch.load(weights, "cpu", weights_only=True) if pickled else load_file(weights)
         head = AestheticHead(state["layers.0.weight"].shape[1])
         head.load_state_dict(state)
     except Exception as error:
         raise _unreadable(source, "an aesthetic head (layers.{0,2,4,6,7}.*)", error) from error
-    return _freeze(head, device)
+    return _frozen(head, device)
 
 
 def load_age_classifier(source: str | Path, device: str | None = None) -> AgeClassifier:
     """Load an age classifier from a transformers folder or a Hub id ("nateraw/vit-age-classifier").
 
+    Args:
+        device: "cpu", "cuda", …; default: a GPU if there is one.
+
     Raises:
         FileNotFoundError: neither a folder nor a model that the Hub can give.
         ValueError: the model is truncated or not a ViT with FairFace's nine age classes.
     """
-    if hub.locate(str(source)) is None and not Path(source).is_dir():
-        raise FileNotFoundError(
-            f"no age classifier at {str(source)!r}. Give a transformers folder or a Hub id such as "
-            "'nateraw/vit-age-classifier'"
-        )
     folder = hub.fetch("age", str(source))
-    _require(folder / "model.safetensors", "an age classifier's folder", "config.json")
+    kind = "an age classifier's folder, nor an id such as 'nateraw/vit-age-classifier'"
+    _require(folder, kind, "config.json", "model.safetensors")
+    from transformers import ViTForImageClassification, ViTImageProcessor
+
     try:
         model, report = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
         processor = ViTImageProcessor.from_pretrained(folder)
@@ -199,14 +196,14 @@ def load_age_classifier(source: str | Path, device: str | None = None) -> AgeCla
             f"{source}: not an age classifier with the nine classes {', '.join(AGE_CLASSES)}; it "
             f"has {', '.join(labels)} and lacks {len(report['missing_keys'])} of the weights"
         )
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    return AgeClassifier(_freeze(model, device), processor.size["height"], mean, std)
+    mean, std, size = processor.image_mean, processor.image_std, processor.size["height"]
+    return AgeClassifier(_frozen(model, device), size, tuple(mean), tuple(std))
 
 
 def age_logits(
     classifier: AgeClassifier, images: torch.Tensor, batch_size: int = 250
 ) -> torch.Tensor:
-    """Logits (N, 9) over AGE_CLASSES of a float batch (N, 3, H, W) in [-1, 1]."""
+    """Logits (N, 9) over AGE_CLASSES of float images (N, 3, S, S) in [-1, 1]."""
     logits = [
         classifier.model(pixel_values=_prepare(part, classifier, _resize_levels)).logits
         for part in _on(classifier.model, images).split(batch_size)
@@ -218,7 +215,7 @@ def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, resize) -> tor
     """Resize and standardise: what image processors do, on tensors."""
     size = encoder.image_size
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ValueError(f"expected square RGB pictures (N, 3, S, S), got {tuple(images.shape)}")
+        raise ValueError(f"expected square RGB images (N, 3, S, S), got {tuple(images.shape)}")
     if images.shape[-1] != size:
         images = resize(images, size)
     mean, std = (images.new_tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
@@ -231,7 +228,7 @@ def _resize(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Ten
 
 
 def _resize_levels(images: torch.Tensor, size: int) -> torch.Tensor:
-    """As image processors of transformers do: of 8-bit pictures, to 8-bit pictures.
+    """As image processors of transformers do: of 8-bit images, to 8-bit images.
 
     The gradient is that of a resize without rounding.
     """
@@ -246,37 +243,21 @@ def _on(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(next(model.parameters()).device)
 
 
-def _freeze(model: nn.Module, device: str | None) -> nn.Module:
+def _frozen(model: nn.Module, device: str | None) -> nn.Module:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval().requires_grad_(False)
 
 
-def _require(weights: Path, kind: str, config: str | None = None) -> None:
-    """Raise FileNotFoundError unless the weights, and the config beside them, are there."""
-    for path in filter(None, (weights, config and weights.with_name(config))):
-        if not path.is_file():
+def _require(folder: Path, kind: str, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{weights.parent} is not {kind}: {path.name} is missing. "
-                "`make toy` rebuilds the toy models; git brings back the shipped ones"
+                f"{folder} is not {kind}: {name} is missing. Fetch it again, or name another source"
             )
-    if config:
-        try:
-            json.loads(weights.with_name(config).read_text())
-        except json.JSONDecodeError as error:
-            raise _unreadable(weights.parent, kind, error) from error
-
-
-def _check_sha256(file: Path, expected: str) -> None:
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != expected:
-        raise ValueError(
-            f"{file} is not the head that LAION published, {hub.LAION_HEAD}: its sha256 is {found} "
-            f"and not {expected}. Fetch it again; save a head of your own as model.safetensors"
-        )
 
 
 def _unreadable(source: str | Path, kind: str, error: Exception) -> ValueError:
     return ValueError(
         f"{source} cannot be read as {kind}: its files are truncated or belong to another model. "
-        f"Fetch it again, or rebuild the toy models with `make toy`. Cause: {hub.cause(error)}"
+        f"Fetch it again. Cause: {hub.cause(error)}"
     )

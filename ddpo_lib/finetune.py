@@ -1,225 +1,290 @@
-"""The loop: rollout → reward → advantages → updates → development set → checkpoint."""
+"""The loop: rollout → reward → credit → updates → development set → checkpoint."""
 
-import argparse
 import contextlib
+import copy
 import dataclasses
-import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ddpo_lib import config, evaluation, parallel, paths, policy, ppo, rewards, runs, sampler
-from ddpo_lib.config import Run
+from ddpo_lib import checkpoints, objectives, parallel, policy, rewards, runs, sampler
+from ddpo_lib.experience import Experience, learnable_steps
+from ddpo_lib.identity import fingerprint
+from ddpo_lib.policy import Policy
+from ddpo_lib.settings import Finetune, learning_rate
+from ddpo_lib.update import update
 
-ROW_FILES = ("metrics.csv", "iterations.csv", "rewards.csv")
+
+@dataclass(frozen=True)
+class Training:
+    """A finetuning on its way."""
+
+    learner: Policy
+    optimizer: torch.optim.Optimizer
+    reward: rewards.Reward
+    """As `rewards.checked` gives it."""
+    objective: ModuleType
+    own: object
+    """The objective's settings."""
+    helpers: torch.nn.Module | None
+    settings: Finetune
+    seed: int
 
 
-def finetune(run: Run) -> Path:
-    """Finetune a policy with DDPO, or go on with, or return, a run that is there already.
+def finetune(
+    policy: Policy,
+    reward: Callable,
+    objective: str | ModuleType,
+    settings: Finetune,
+    home: str | Path,
+    *,
+    seed: int = 0,
+    objective_settings: object = None,
+    on_iteration: Callable[[dict], object] | None = None,
+) -> Path:
+    """Finetune a policy, or go on with, or return, a run that is in its folder already.
 
     Every random number of iteration i comes from (seed, i) alone, so a run that was stopped after
     any iteration and started again ends with the same weights, bit for bit, as one that never was
     (on a CPU; a GPU may round differently from call to call).
 
+    Args:
+        policy: where to start; it stays as it is.
+        reward: images (N, C, H, W) in [-1, 1] to N numbers, higher is better; see `rewards`.
+        objective: a name, "ddpo", or a module of your own; see `objectives`.
+        settings: of the loop.
+        home: the run's folder, see `runs`. Its best/ is the policy with the highest development
+            reward, for `policy.load` or plain diffusers.
+        seed: of noise and mini-batches, at least 0.
+        objective_settings: the objective's `Settings`; its defaults if None.
+        on_iteration: called after each iteration, when its checkpoint is on the disk, with its
+            metrics, one flat dict of numbers; `wandb.log` is one.
+
     Returns:
-        The run's folder; what it holds is described in `runs`. best/ is the policy with the highest
-        development reward.
+        The run's folder.
+
+    Raises:
+        ValueError: settings that do not go together, a reward that does not fit, or a folder that
+            holds something else; before anything is written.
+        FloatingPointError: images or gradients are not finite; names the iteration, and the last
+            checkpoint stays.
     """
-    with runs.hold(run) if parallel.is_main() else contextlib.nullcontext():
-        return _finetune(run)
-
-
-def _finetune(run: Run) -> Path:
-    home = runs.folder(run)
-    if parallel.is_main():
-        runs.open_folder(run)
-    parallel.wait()
-    settings = run.settings
-    resumed = (home / "last").exists()
-    if resumed:
-        learner = runs.load_learner(home, settings.bf16)
-    else:
-        learner = policy.load(paths.resolve(run.source), bf16=settings.bf16)
-    if settings.gradient_checkpointing:
-        learner.unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        learner.unet.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
-    state = {"iterations_done": 0, "best_iteration": 0, "best_reward": None}
-    if resumed:
-        state = runs.load_checkpoint(home, optimizer)
-    if state["iterations_done"] == settings.n_iterations:
-        return home
-    reward = rewards.load(run.reward, run.models, jpeg_encoding=settings.jpeg_encoding)
-    fixed_noise = development_noise(learner, run)
-    if parallel.is_main():
-        for name in ROW_FILES:
-            runs.drop_rows(home / name, state["iterations_done"])
-    if not resumed:
-        before = _develop(home, learner, reward, fixed_noise, settings, 0)
-        state["best_reward"] = before.mean().item()
+    home = Path(home).absolute()
+    training = _prepare(policy, reward, objective, settings, seed, objective_settings)
+    identity = _identity(policy, reward, training)
+    with contextlib.ExitStack() as stack:
+        refusal = None
         if parallel.is_main():
-            runs.save_best(home, learner)
-
-    bar = tqdm(
-        range(state["iterations_done"], settings.n_iterations),
-        desc=run.name,
-        initial=state["iterations_done"],
-        total=settings.n_iterations,
-        unit="iteration",
-        disable=not parallel.is_main(),
-    )
-    for iteration in bar:
-        start = time.perf_counter()
-        scores, metrics = iterate(learner, optimizer, reward, run, iteration)
-        development = _develop(home, learner, reward, fixed_noise, settings, iteration + 1)
-        row = {
-            "iteration": iteration,
-            "reward_mean": scores.mean().item(),
-            "reward_sd": scores.std().item(),
-            "development_reward": development.mean().item(),
-            "development_sd": development.std().item(),
-            "seconds": round(time.perf_counter() - start, 2),
-        }
-        better = row["development_reward"] > state["best_reward"]
-        if better:
-            state |= {"best_iteration": iteration + 1, "best_reward": row["development_reward"]}
-        state["iterations_done"] = iteration + 1
-        if parallel.is_main():
-            _write_rows(home, row, metrics, scores)
-            if better:
-                runs.save_best(home, learner)
-            runs.save_checkpoint(home, learner, optimizer, state)
-        bar.set_postfix(
-            reward=f"{row['reward_mean']:.3f}", development=f"{row['development_reward']:.3f}"
-        )
-    parallel.wait()
+            try:
+                # Others would wait too, and time out, while the main process waits for the folder.
+                stack.enter_context(runs.hold(home, wait=parallel.n_processes() == 1))
+                runs.open_folder(home, identity, settings)
+            except (OSError, ValueError, RuntimeError) as error:
+                refusal = error
+        if refusal := parallel.everywhere(refusal):
+            raise refusal
+        if runs.iterations_done(home) < settings.n_iterations:
+            _run(training, home, on_iteration)
+        parallel.wait()
     return home
 
 
-def iterate(
-    learner: policy.Policy,
-    optimizer: torch.optim.Optimizer,
-    reward: rewards.Reward,
-    run: Run,
-    iteration: int,
-) -> tuple[torch.Tensor, list[dict]]:
+def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict]]:
     """One iteration: sample trajectories, score them, update the policy in place.
 
+    Args:
+        iteration: from 1.
+
     Returns:
-        The rewards (n_samples,) of the sampled pictures, and one row of metrics per update.
+        The rewards (n_samples,) of the samples, and what `update.update` returns of each step.
     """
-    settings = run.settings
-    noise_seed, step_seed, order_seed = _seeds(run.seed, iteration)
+    learner, settings, objective = training.learner, training.settings, training.objective
+    sample_seed, order_seed = _seeds(training.seed, iteration)
     share = parallel.share(settings.n_samples)
+    seeds = sampler.seeds(sample_seed, settings.n_samples)[share]
     trajectory = sampler.rollout(
         learner,
-        sampler.noise(learner, settings.n_samples, noise_seed),
+        sampler.noise(learner, seeds),
         settings.n_steps,
-        torch.Generator().manual_seed(step_seed),
+        seeds,
         settings.eta,
         settings.log_prob_reduction,
-        settings.micro_batch,
+        batch_size=settings.micro_batch,
         progress="rollout" if parallel.is_main() else None,
-        share=share,
-        store=sampler.roomy_device(learner, share.stop - share.start, settings.n_steps),
+        store=sampler.roomy_device(learner, len(seeds), settings.n_steps),
     )
-    scores = parallel.gather(reward(trajectory.x_0.to(learner.device)))
+    images = policy.decode(learner, trajectory.x_0.to(learner.device))
+    scores = parallel.gather(training.reward(images)).cpu()
+    steps = learnable_steps(trajectory.stds, settings.min_std)
+    experience = Experience(trajectory, scores, steps)
+    credit = objective.credit(experience, training.own, settings, training.helpers)
+    if not credit.any():
+        tqdm.write(f"iteration {iteration}: every credit is 0, nothing can be learned from it")
     generator = torch.Generator().manual_seed(order_seed)
-    updates_per_epoch = settings.n_samples // settings.minibatch_size
-    metrics = []
-    for epoch in range(settings.n_inner_epochs):
-        order = torch.randperm(settings.n_samples, generator=generator)
-        groups = None
-        if settings.advantage_scope == "minibatch":
-            groups = torch.empty(settings.n_samples, dtype=torch.long)
-            groups[order] = torch.arange(settings.n_samples) // settings.minibatch_size
-        advantages = ppo.advantages(scores, settings.advantage_clip, groups)
-        minibatches = tqdm(
-            order.split(settings.minibatch_size),
-            desc="update",
-            leave=False,
-            disable=not parallel.is_main(),
+    batches = [
+        rows
+        for _ in range(settings.n_inner_epochs)
+        for rows in objective.units(experience, training.own, settings, generator)
+    ]
+    experience = dataclasses.replace(experience, rewards=scores[share])
+    credit = credit[..., share]
+
+    def loss(rows):
+        return objective.loss(learner, experience, rows, credit, training.own, training.helpers)
+
+    n_updates, updates = settings.n_iterations * len(batches), []
+    for rows in tqdm(batches, desc="update", leave=False, disable=not parallel.is_main()):
+        n = (iteration - 1) * len(batches) + len(updates)
+        done = update(
+            learner.unet,
+            training.optimizer,
+            _local(rows, share),
+            loss,
+            n_units=len(rows),
+            micro_batch=settings.micro_batch,
+            max_grad_norm=settings.max_grad_norm,
+            rate=learning_rate(n / max(1, n_updates - 1), settings),
         )
-        for j, minibatch in enumerate(minibatches):
-            samples = minibatch[(minibatch >= share.start) & (minibatch < share.stop)]
-            n = (iteration * settings.n_inner_epochs + epoch) * updates_per_epoch + j
-            done = ppo.update(
-                learner,
-                optimizer,
-                ppo.select(trajectory, samples - share.start),
-                advantages[samples],
-                settings,
-                ppo.learning_rate(n, settings),
-                generator,
-            )
-            metrics.append({"iteration": iteration, "update": n, **dataclasses.asdict(done)})
-    return scores, metrics
+        updates.append({"update": n, **done})
+    return scores, updates
 
 
-def development_noise(learner: policy.Policy, run: Run) -> torch.Tensor:
-    """The noise (n_development, C, H, W) of the run's development set (A.1)."""
-    return sampler.noise(learner, run.settings.n_development, _seeds(run.seed, -1)[0])
+def development_noise(policy: Policy, seed: int, n: int) -> torch.Tensor:
+    """The noise (n, C, H, W) of the development set of a run with this seed (A.1)."""
+    return sampler.noise(policy, sampler.seeds(_seeds(seed, 0)[0], n))
 
 
-def _develop(home, learner, reward, noise, settings, iteration) -> torch.Tensor:
-    """Regenerate and score the development set; its pictures and rewards go to development/."""
+def _prepare(base, reward, objective, settings, seed, own) -> Training:
+    """Everything that can be refused is looked at here, before anything is written or long."""
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed={seed!r}: must be a whole number from 0 up")
+    objective = objectives.load(objective)
+    own = objective.Settings() if own is None else own
+    if not isinstance(own, objective.Settings):
+        raise ValueError(f"objective_settings={own!r}: must be a {objective.__name__}.Settings")
+    if rewards.needs_prompts(reward):
+        raise ValueError(
+            f"the reward {rewards.name(reward)!r} reads prompts, and this policy draws without: "
+            "give a function of the images alone"
+        )
+    t, t_prev = policy.steps(base, settings.n_steps)
+    learnable_steps(policy.sigma(base, t, t_prev, settings.eta), settings.min_std)
+    helpers = objective.helpers(base, own, settings)
+    # The layout that `policy.load` gives, so that a run rounds alike before and after a stop.
+    unet = copy.deepcopy(base.unet).to(memory_format=torch.channels_last)
+    bf16 = settings.bf16 and policy.has_bf16(base.device)
+    learner = dataclasses.replace(base, unet=unet, bf16=bf16)
+    return Training(learner, None, rewards.checked(reward), objective, own, helpers, settings, seed)
+
+
+def _identity(base, reward, training) -> dict:
+    """What decides the result, and nothing more."""
+    functions = [getattr(training.objective, name) for name in objectives.FUNCTIONS]
+    return {
+        "policy": fingerprint(base),
+        "reward": {"name": rewards.name(reward), "fingerprint": fingerprint(reward)},
+        "objective": {"name": training.objective.__name__, "fingerprint": fingerprint(functions)},
+        "objective_settings": dataclasses.asdict(training.own),
+        "settings": training.settings.decisive,
+        "seed": training.seed,
+    }
+
+
+def _run(training: Training, home: Path, on_iteration) -> None:
+    """Go on from last/, or begin."""
+    settings, main = training.settings, parallel.is_main()
+    done, resumed = runs.iterations_done(home), (home / "last").exists()
+    if resumed:
+        learner = checkpoints.load_learner(home, training.learner)
+        training = dataclasses.replace(training, learner=learner)
+    training = _with_optimizer(training)
+    if resumed:
+        checkpoints.restore(home, training.optimizer, training.helpers)
+    if settings.gradient_checkpointing:
+        training.learner.unet.enable_gradient_checkpointing()
+    if main:
+        runs.drop_after(home, done if resumed else -1)
+    if not resumed:
+        _keep(training, home, {"iteration": 0}, {})
+    todo = range(done + 1, settings.n_iterations + 1)
+    whole = {"initial": done, "total": settings.n_iterations, "unit": "iteration"}
+    bar = tqdm(todo, desc=home.name, disable=not main, **whole)
+    for iteration in bar:
+        start = time.perf_counter()
+        try:
+            scores, updates = iterate(training, iteration)
+            row = {
+                "iteration": iteration,
+                "reward_mean": scores.mean().item(),
+                "reward_sd": scores.std().item(),
+                **{k: float(np.mean([u[k] for u in updates])) for k in updates[0] if k != "update"},
+            }
+            lists = {"rewards": scores.tolist(), "updates": updates}
+            row = _keep(training, home, row, lists, start)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"iteration {iteration}: {error}. The checkpoint of iteration {iteration - 1} is "
+                f"whole, in {home}"
+            ) from error
+        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward_mean", "development_reward")})
+        if on_iteration is not None and main:
+            on_iteration(row)
+
+
+def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) -> dict:
+    """Draw the development set and write all of an iteration; the checkpoint comes last, so that
+    what a crash leaves of an iteration is made again. Returns the row with the set's rewards."""
+    learner, iteration = training.learner, row["iteration"]
+    noise = development_noise(learner, training.seed, training.settings.n_development)
     x_0 = sampler.sample(
         learner,
         noise[parallel.share(len(noise))],
-        settings.n_steps,
+        training.settings.n_steps,
+        batch_size=training.settings.micro_batch,
         progress="development set" if parallel.is_main() else None,
     )
-    pictures, scores = parallel.gather(rewards.to_uint8(x_0)), parallel.gather(reward(x_0))
+    images = policy.decode(learner, x_0)
+    pictures = parallel.gather(rewards.to_uint8(images)).numpy()
+    values = parallel.gather(training.reward(images)).cpu().numpy()
+    reward = float(values.mean())
+    row = {**row, "development_reward": reward, "development_sd": float(values.std(ddof=1))}
+    if start is not None:
+        row["seconds"] = round(time.perf_counter() - start, 2)
     if parallel.is_main():
-        np.savez_compressed(
-            home / "development" / f"{iteration:03d}.npz",
-            pictures=pictures.numpy(),
-            rewards=scores.cpu().numpy(),
-        )
-    return scores
+        runs.save_development(home, iteration, pictures, values)
+        runs.append_metrics(home, row | lists)
+        kept = runs.best(home) if iteration > 0 else None
+        # One of this iteration is a crash's, which is made again.
+        if not kept or kept["iteration"] == iteration or reward > kept["development_reward"]:
+            checkpoints.save_best(home, learner, iteration, reward)
+        if iteration > 0:
+            checkpoints.save_last(home, learner, training.optimizer, training.helpers, iteration)
+    return row
 
 
-def _write_rows(home, row, metrics, scores) -> None:
-    runs.append_rows(home / "iterations.csv", [row])
-    runs.append_rows(home / "metrics.csv", metrics)
-    rows = [
-        {"iteration": row["iteration"], "sample": i, "reward": score}
-        for i, score in enumerate(scores.tolist())
-    ]
-    runs.append_rows(home / "rewards.csv", rows)
+def _with_optimizer(training: Training) -> Training:
+    parameters = list(training.learner.unet.parameters())
+    if training.helpers is not None:
+        parameters += [p for p in training.helpers.parameters() if p.requires_grad]
+    settings = training.settings
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=decay)
+    return dataclasses.replace(training, optimizer=optimizer)
+
+
+def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:
+    """The units (U, D, 2) whose samples this process holds, counted from its first."""
+    samples = rows[..., 1]
+    mine = ((samples >= share.start) & (samples < share.stop)).all(1)
+    return rows[mine] - rows.new_tensor([0, share.start])
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:
-    """Three independent seeds for an iteration; iteration -1 is the development set's."""
-    return np.random.SeedSequence([seed, iteration + 1]).generate_state(3).tolist()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="accelerate launch -m ddpo_lib.finetune",
-        description="Finetune and evaluate, in as many processes as accelerate launches.",
-    )
-    parser.add_argument("profile")
-    parser.add_argument("policy")
-    parser.add_argument("task")
-    parser.add_argument("--reward")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    try:
-        profile = config.load(arguments.profile)
-        run = profile.run(arguments.policy, arguments.task, arguments.reward, arguments.seed)
-    except ValueError as error:
-        sys.exit(f"Nothing was run: {error}")
-    finetune(run)
-    if parallel.is_main():
-        evaluation.finish(profile, run)
-
-
-if __name__ == "__main__":
-    main()
+    """Of an iteration's samples, and of its mini-batches; iteration 0 is the development set's."""
+    return np.random.SeedSequence([seed, iteration]).generate_state(2).tolist()

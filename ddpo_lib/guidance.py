@@ -8,42 +8,48 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
-from ddpo_lib.encoders import Clip, embed_images, embed_texts
-from ddpo_lib.policy import Policy, predict_noise
+from ddpo_lib.policy import Context, Policy, configuration, predict_noise
+
+if TYPE_CHECKING:  # CLIP's library takes seconds to import
+    from ddpo_lib.encoders import Clip
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
-"""Pictures (N, C, H, W), about in [-1, 1], to one number each, (N,), differentiable and low where
-the picture is as wished."""
+"""Images (N, C, H, W), about in [-1, 1], to one number each, (N,), differentiable and low where
+the image is as wished."""
 
 
-def clip_distance(clip: Clip, prompt: str) -> Loss:
-    """1 - cosine between the CLIP embeddings of a picture and of the prompt, in [0, 2]."""
+def clip_distance(clip: "Clip", prompt: str) -> Loss:
+    """1 - cosine between the CLIP embeddings of an image and of the prompt, in [0, 2]."""
+    from ddpo_lib.encoders import embed_images, embed_texts
+
     with torch.no_grad():
         text = embed_texts(clip, [prompt])[0]
     return lambda images: 1 - embed_images(clip, images) @ text
 
 
 def gradient(
-    policy: Policy, loss: Loss, x_t: torch.Tensor, t: torch.Tensor
+    policy: Policy, loss: Loss, x_t: torch.Tensor, t: torch.Tensor, context: Context | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of a loss on the denoised picture with respect to the noisy state.
+    """The gradient of a loss on the denoised image with respect to the noisy state.
 
-    The loss sees x~_{t→0} (equation 2.25), not x_t: networks that were trained on pictures are
+    The loss sees x~_{t→0} (equation 2.25), not x_t: networks that were trained on images are
     blind in noise. So the gradient passes through the denoiser. x~ is not clamped, because a
     clamp passes no gradient at saturated pixels.
 
     Args:
         x_t: (N, C, H, W) float32.
         t: (N,) int64 timesteps in [0, T).
+        context: of these N samples, see `policy.encode`.
 
     Returns:
         grad_{x_t} loss(x~_{t→0}) and, as it is there already, eps_theta(x_t, t); each like x_t.
 
     Raises:
-        ValueError: the loss does not give one number per picture.
+        ValueError: the loss does not give one number per image.
     """
     # At high noise the derivative is a small difference of large terms, divided by a small
     # sqrt(alpha_bar_t). In bfloat16 it points elsewhere (cosine with float32's about 0.7).
@@ -51,12 +57,12 @@ def gradient(
     a_t = _alpha_bar(policy, t)
     with torch.enable_grad():  # samplers run without
         x_t = x_t.detach().requires_grad_()
-        eps = predict_noise(policy, x_t, t)
+        eps = predict_noise(policy, x_t, t, context)
         values = loss((x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt())
         if values.shape != (len(x_t),):
             raise ValueError(
                 f"the guidance's loss returned shape {tuple(values.shape)} for {len(x_t)} "
-                f"pictures: it must return one number each, shape ({len(x_t)},)"
+                f"images: it must return one number each, shape ({len(x_t)},)"
             )
         (grad,) = torch.autograd.grad(values.sum(), x_t)
     return grad, eps.detach()
@@ -71,7 +77,7 @@ def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
         eps_theta(x_t, t) + scale · sqrt(1 - alpha_bar_t) · grad_{x_t} loss(x~_{t→0}).
 
     Args:
-        loss: what the pictures should make small, for instance `clip_distance`.
+        loss: what the images should make small, for instance `clip_distance`.
         scale: gamma, at least 0; 0 leaves the policy as it is. A prediction costs a backward pass
             too, and memory for it: give the sampler a smaller `batch_size` for large networks.
 
@@ -83,7 +89,11 @@ def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
             f"scale={scale}: gamma must be a number from 0 up; to lean the other way, negate the "
             "loss"
         )
-    return dataclasses.replace(policy, unet=_Guided(policy, loss, scale), bf16=False)
+    # What takes the network's place gives eps, also where the network gives v.
+    scheduler = policy.scheduler.from_config(
+        configuration(policy.scheduler), prediction_type="epsilon"
+    )
+    return Policy(_Guided(policy, loss, scale), scheduler, bf16=False)
 
 
 @dataclass(frozen=True)

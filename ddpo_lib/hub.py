@@ -11,8 +11,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download
-
 LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 FILES = {
     "clip": [("open_clip_model.safetensors", "open_clip_pytorch_model.bin")],
@@ -29,14 +27,14 @@ def locate(source: str) -> tuple[str, str | None] | None:
     """
     if Path(source).exists():
         return None
-    name, _, revision = source.partition("@")
+    name, _, revision = source.removeprefix("https://huggingface.co/").partition("@")
     architecture, _, tag = name.partition(":")
     if tag:
         import open_clip  # takes seconds, and most sources do without
 
         recipe = open_clip.get_pretrained_cfg(architecture, tag)
         name = recipe.get("hf_hub", "").rpartition("/")[0]
-    if name.count("/") != 1 or name.startswith((".", "/", "~", "toy/")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         return None
     return name, revision or None
 
@@ -48,16 +46,16 @@ def commit(source: str) -> str | None:
     Where the Hub is out of reach, it is what the cache took for this revision last.
 
     Raises:
-        FileNotFoundError: the Hub has no such repository or revision, or cannot be reached and the
-            cache does not know it; says what to do.
+        FileNotFoundError: neither the Hub nor the cache knows it; says why and what to do.
     """
     place = locate(source)
     if place is None:
         return None
-    repository, revision = place
+    from huggingface_hub import HfApi, constants
+
     offline = constants.HF_HUB_OFFLINE
     with explained(source):
-        found = HfApi().resolve_revision(repository, revision=revision, local_files_only=offline)
+        found = HfApi().resolve_revision(place[0], revision=place[1], local_files_only=offline)
     return found.resolved
 
 
@@ -65,7 +63,7 @@ def fetch(kind: str, source: str) -> Path:
     """The folder with a model's files, or its only file. What the cache lacks is downloaded.
 
     Args:
-        kind: "policy", "clip", "aesthetic" or "age", as in `config.Run.sources`.
+        kind: "policy", or one of `FILES`.
         source: see the head of this module; a local one is returned as it is.
 
     Raises:
@@ -74,14 +72,28 @@ def fetch(kind: str, source: str) -> Path:
     place = locate(source)
     if place is None:
         return Path(source)
+    from huggingface_hub import constants
+
     where = {"revision": commit(source), "local_files_only": constants.HF_HUB_OFFLINE}
     with explained(source):
         if kind == "policy":
-            from diffusers import DDPMPipeline  # takes seconds
+            from diffusers import DDPMPipeline
 
             return Path(DDPMPipeline.download(place[0], **where))
         files = [_first(place[0], names, where) for names in FILES[kind]]
     return files[0].parent if len(files) > 1 else files[0]
+
+
+def _first(repository: str, names: tuple[str, ...], where: dict) -> Path:
+    """The first of the files that the repository has."""
+    from huggingface_hub import errors, hf_hub_download
+
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name, **where))
+        except errors.EntryNotFoundError:
+            if name == names[-1]:
+                raise
 
 
 @contextlib.contextmanager
@@ -96,78 +108,52 @@ def explained(source: str, wish: str = "get") -> Iterator[None]:
         ) from error
 
 
-def _first(repository: str, names: tuple[str, ...], where: dict) -> Path:
-    """The first of the files that the repository has."""
-    for name in names:
-        try:
-            return Path(hf_hub_download(repository, name, **where))
-        except errors.EntryNotFoundError:
-            if name == names[-1]:
-                raise
-
-
 def _advice(error: Exception, source: str) -> str:
     """What to do about an error, in the words of somebody who wanted a model."""
-    chain = list(_chain(error))
+    from huggingface_hub import constants, errors
+
+    chain = [error]  # and the errors behind it
+    while behind := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(behind)
+    numbers = {getattr(each, "errno", None) for each in chain}
+    statuses = {getattr(getattr(each, "response", None), "status_code", None) for each in chain}
     repository, revision = locate(source) or (source, None)
-    page = f"{constants.ENDPOINT}/{repository}"
+    page, cache = f"{constants.ENDPOINT}/{repository}", constants.HF_HUB_CACHE
 
     def is_any(*kinds):
         return any(isinstance(each, kinds) for each in chain)
 
-    numbers = {getattr(each, "errno", None) for each in chain}
-    if numbers & {errno.ENOSPC, errno.EDQUOT}:
-        return (
-            f"the disk of its cache, {constants.HF_HUB_CACHE}, is full. Free some space, or set "
-            "HF_HOME to a folder on a larger disk, and start again"
-        )
-    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return (
-            f"its cache, {constants.HF_HUB_CACHE}, cannot be written. Set HF_HOME to a folder that "
-            "is yours"
-        )
-    if is_any(errors.GatedRepoError):
-        return (
-            f"its owner gives access on request. Ask for it on {page}, then log in here with "
-            "`hf auth login`"
-        )
-    if is_any(errors.RevisionNotFoundError):
-        return (
-            f"{repository} has no revision {revision!r}. Take a commit (all 40 digits), a tag or a "
-            f"branch from {page}/commits/main"
-        )
-    if is_any(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return (
-            f"there is no {repository}, or it is private. Check the spelling; for a private one "
-            "log in with `hf auth login`; a folder of your own must exist"
-        )
-    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
-    if is_any(errors.LocalTokenNotFoundError) or 401 in statuses or 403 in statuses:
-        return (
-            "it wants to know who you are. Log in with `hf auth login` and a token that allows it"
-        )
-    if is_any(errors.RemoteEntryNotFoundError):
-        return f"{page} lacks a file that this kind of model has. Take another repository"
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"HF_HUB_OFFLINE is set and the cache, {constants.HF_HUB_CACHE}, does not have all of "
-            "it. Start once without HF_HUB_OFFLINE, or name a folder that holds the model"
-        )
-    return (
-        "the Hub cannot be reached, or the download broke off. Check the connection and start "
-        "again: what is downloaded stays. Without a network, copy the cache of a machine that has "
-        f"the model to {constants.HF_HUB_CACHE}, or name a folder that holds it"
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and the errors behind it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    cases = [
+        (numbers & {errno.ENOSPC, errno.EDQUOT},
+         f"the disk of its cache, {cache}, is full. Free some space, or set HF_HOME to a folder on "
+         "a larger disk, and start again"),
+        (numbers & {errno.EACCES, errno.EPERM, errno.EROFS},
+         f"its cache, {cache}, cannot be written. Set HF_HOME to a folder that is yours"),
+        (is_any(errors.GatedRepoError),
+         f"its owner gives access on request. Ask on {page}, then log in here: `hf auth login`"),
+        (is_any(errors.RevisionNotFoundError),
+         f"{repository} has no revision {revision!r}. Take a commit (all 40 digits), a tag or a "
+         f"branch from {page}/commits/main"),
+        (is_any(errors.RepositoryNotFoundError, errors.HFValidationError),
+         f"there is no {repository}, or it is private. Check the spelling; for a private one, "
+         "`hf auth login`; a folder of your own must exist"),
+        (is_any(errors.LocalTokenNotFoundError) or statuses & {401, 403},
+         "it wants to know who you are. Log in with `hf auth login` and a token that allows it"),
+        (429 in statuses,
+         "it has had too many requests from here. Wait some minutes, or log in: `hf auth login`"),
+        (is_any(errors.RemoteEntryNotFoundError),
+         f"{page} lacks a file that this kind of model has. Take another repository"),
+        (constants.HF_HUB_OFFLINE,
+         f"HF_HUB_OFFLINE is set and the cache, {cache}, does not have all of it. Start once "
+         "without HF_HUB_OFFLINE, or name a folder that holds the model"),
+        (True,
+         "the Hub cannot be reached, or the download broke off. Check the connection and start "
+         "again: what is downloaded stays. Without a network, copy the cache of a machine that has "
+         f"the model to {cache}, or name a folder that holds it"),
+    ]  # fmt: skip
+    return next(advice for holds, advice in cases if holds)
 
 
 def cause(error: Exception) -> str:
     """One line that says what went wrong."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

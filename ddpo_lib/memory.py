@@ -2,20 +2,26 @@
 
 from collections.abc import Callable
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
-_held: dict[str, int] = {}
-"""What was halved so far in this process: the kind of work, and the batch that memory held."""
+_held: WeakKeyDictionary = WeakKeyDictionary()
+"""Network → kind of work → the batch that memory held, since `start_over`."""
 
 
-def fit(work: str, call: Callable[[int], T], batch_size: int) -> T:
+def start_over(network: torch.nn.Module) -> None:
+    """Try full batches again: what filled the memory may be gone."""
+    _held.pop(network, None)
+
+
+def fit(network: torch.nn.Module, work: str, call: Callable[[int], T], batch_size: int) -> T:
     """call(batch_size), and again with half as much for as long as a GPU runs out of memory.
 
-    The next call for the same work begins where this one ended, so the search happens once.
+    The next call for the same network and work begins where this one ended, until `start_over`.
 
     Args:
         work: a label, shown when a batch is halved.
@@ -24,7 +30,8 @@ def fit(work: str, call: Callable[[int], T], batch_size: int) -> T:
     Raises:
         torch.OutOfMemoryError: a batch of one does not fit either.
     """
-    batch_size = min(batch_size, _held.get(work, batch_size))
+    held = _held.setdefault(network, {})
+    batch_size = min(batch_size, held.get(work, batch_size))
     while True:
         try:
             return call(batch_size)
@@ -33,8 +40,5 @@ def fit(work: str, call: Callable[[int], T], batch_size: int) -> T:
                 raise
         # Not in the except clause: there the traceback still holds the tensors of the failed call.
         torch.cuda.empty_cache()
-        batch_size = _held[work] = batch_size // 2
-        tqdm.write(
-            f"{work}: out of GPU memory, going on with batches of {batch_size}; set micro_batch to "
-            "that, and rollout and update round alike"
-        )
+        batch_size = held[work] = batch_size // 2
+        tqdm.write(f"{work}: out of GPU memory, going on with batches of {batch_size}")

@@ -1,27 +1,64 @@
 """A policy: a denoiser with its noise schedule, and the transition p_theta(x_{t-1} | x_t)."""
 
+import copy
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpo_lib import hub
 
-SUPPORTED = {"prediction_type": "epsilon", "clip_sample_range": 1, "thresholding": False}
+if TYPE_CHECKING:  # diffusers takes seconds to import: the functions that need it do so
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+GOOD_BETAS = "num_train_timesteps of them, inside (0, 1), leaving some signal at the end"
+SUPPORTED = {
+    "pipeline": ("DDPMPipeline", "DDIMPipeline"), "unet": ("UNet2DModel",),
+    "scheduler": ("DDPMScheduler", "DDIMScheduler"), "prediction_type": ("epsilon", "v_prediction"),
+    "num_class_embeds": (None,), "class_embed_type": (None,), "variance": ("fixed",),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "rescale_betas_zero_snr": (False,), "thresholding": (False,),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "image size": ("known",), "weights": ("complete and finite",), "betas": (GOOD_BETAS,),
+}  # fmt: skip
+"""What a model must be, in the words of diffusers' configurations where they have one."""
+
+
+class Unsupported(ValueError):
+    """A model that this library cannot finetune."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What samples are conditioned on."""
+
+    prompts: tuple[str, ...]
+    """N texts, one a sample."""
+    embeddings: torch.Tensor
+    """(N, L, D) float32: of the L tokens of each."""
+
+    def select(self, index: "slice | torch.Tensor") -> "Context":
+        """The entries of some samples."""
+        kept = torch.arange(len(self.prompts))[index].tolist()
+        return Context(tuple(self.prompts[i] for i in kept), self.embeddings[index])
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A pixel-space diffusion model seen as a stochastic policy over denoising steps."""
+    """A diffusion model seen as a stochastic policy over denoising steps."""
 
-    unet: UNet2DModel
-    """eps_theta: takes x_t (N, C, H, W) and t (N,), predicts the noise in x_t."""
-    scheduler: DDPMScheduler
-    """Came with the weights; only its `alphas_cumprod` and `clip_sample` count."""
+    unet: "UNet2DModel"
+    """Takes x_t (N, C, H, W) and t (N,); gives the noise in x_t, or v if the scheduler is for v."""
+    scheduler: "DDPMScheduler | DDIMScheduler"
+    """Came with the weights: the schedule, its timesteps, what the network predicts, clipping."""
     bf16: bool = True
-    """Run the network under bfloat16 autocast. Everything after the network is float32."""
+    """Run the network under bfloat16 autocast; everything after it is float32. Without, all is
+    float32: TF32 is switched off, for the whole process."""
 
     @property
     def alpha_bar(self) -> torch.Tensor:
@@ -29,12 +66,18 @@ class Policy:
         return self.scheduler.alphas_cumprod
 
     @property
+    def final_alpha_bar(self) -> float:
+        """alpha_bar of where the last step goes: 1, or alpha_bar[0] where the scheduler says."""
+        to_one = self.scheduler.config.get("set_alpha_to_one", True)
+        return 1.0 if to_one else self.alpha_bar[0].item()
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pictures that the network draws."""
+        """(C, H, W) of the images that the network draws."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
@@ -49,7 +92,7 @@ class Transition:
     std: torch.Tensor
     """(N,) float32: sigma_t; 0 where the step is deterministic."""
     denoised: torch.Tensor
-    """(N, C, H, W) float32: the clean picture x~_0 predicted from x_t (equation 2.25)."""
+    """(N, C, H, W) float32: the clean image x~_0 predicted from x_t (equation 2.25)."""
 
 
 def load(
@@ -63,124 +106,202 @@ def load(
             `DDIMPipeline`, also of the older layout with every file at its root; or a .pth file
             that the thesis's code wrote.
         device: "cpu", "cuda", …; by default a GPU if there is one.
-        bf16: run the network under bfloat16 autocast; a GPU without bfloat16, such as a T4, runs it
-            in float32 all the same.
-        base: source of the policy that a .pth file was finetuned from: such a file has weights
-            alone, and neither the network's layout nor its schedule.
+        bf16: see `Policy`; a GPU without bfloat16, such as a T4, runs float32 all the same.
+        base: source of the policy that a .pth file was finetuned from: it has weights alone.
 
     Raises:
-        FileNotFoundError: the folder or file is missing, incomplete or truncated, or the Hub gave
-            nothing; says what to do.
-        ValueError: the model is of a kind that this library does not finetune, or the weights of a
-            .pth file are another network's.
+        FileNotFoundError: what source names is missing, incomplete or truncated; says what to do.
+        ValueError: the model is none of those in `SUPPORTED`, or its weights are another network's.
     """
     source = str(source)
-    if source.endswith(".pth"):
-        pipeline = _pipeline(_base_of(source, base))
-        _load_weights(pipeline.unet, source)
-    else:
-        pipeline = _pipeline(source)
-    found = {name: pipeline.scheduler.config.get(name) for name in SUPPORTED}
-    found["learned variance"] = (
-        pipeline.unet.config.out_channels != pipeline.unet.config.in_channels
-    )
-    if found != SUPPORTED | {"learned variance": False}:
-        raise ValueError(
-            f"{source}: only models that predict the noise alone and clip samples at 1 are "
-            f"supported, {SUPPORTED}, not {found}"
-        )
-    scheduler = pipeline.scheduler
-    if not isinstance(scheduler, DDPMScheduler):  # a DDIMPipeline's: other steps, the same noise
-        scheduler = DDPMScheduler.from_config(scheduler.config)
-    unet = pipeline.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    if unet.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        bf16 = False
-    return Policy(unet.to(memory_format=torch.channels_last), scheduler, bf16)
+    unet, scheduler = _read_pth(source, base) if source.endswith(".pth") else _read(source)
+    net, schedule, betas = unet.config, scheduler.config, scheduler.betas
+    learned = net.in_channels != net.out_channels or "learn" in str(schedule.get("variance_type"))
+    finite = all(value.isfinite().all() for value in unet.state_dict().values())
+    inside = ((betas > 0) & (betas < 1)).all() and scheduler.alphas_cumprod[-1] > 0
+    found = {
+        "variance": "learned" if learned else "fixed",
+        "image size": "known" if net.sample_size else "unknown",
+        "weights": "complete and finite" if finite else "not all finite",
+        "betas": GOOD_BETAS if inside and len(betas) == schedule.num_train_timesteps else "others",
+    }
+    _check(source, {**net, **schedule, **found})
+    unet = unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    # A copy: safetensors maps weights to any address, and kernels round by a weight's alignment.
+    unet = copy.deepcopy(unet.to(memory_format=torch.channels_last))
+    return Policy(unet, scheduler, bf16 and has_bf16(unet.device))
 
 
-def _pipeline(source: str) -> DDPMPipeline:
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; a GPU such as a T4 only emulates it, slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _read(source: str) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
+    """Network and scheduler of a folder or of a model on the Hub."""
+    import diffusers
+
     if hub.locate(source) is None and not Path(source).is_dir():
         raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
     folder = hub.fetch("policy", source)
-    # Left to itself, diffusers calls a .bin file unsafe, which it nonetheless reads weights-only.
-    safetensors = any(folder.rglob("diffusion_pytorch_model*.safetensors"))
     try:
-        return DDPMPipeline.from_pretrained(folder, use_safetensors=safetensors)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = {part: (index.get(part) or [None])[-1] for part in ("unet", "scheduler")}
+        _check(source, {"pipeline": index["_class_name"]} | parts)
+        at = {part: part if (folder / part).is_dir() else None for part in parts}
+        # Left to itself, diffusers calls a .bin file unsafe, which it yet reads weights-only.
+        safetensors = any(folder.rglob("diffusion_pytorch_model*.safetensors"))
+        unet, report = diffusers.UNet2DModel.from_pretrained(
+            folder, subfolder=at["unet"], use_safetensors=safetensors,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        scheduler = getattr(diffusers, parts["scheduler"])
+        scheduler = scheduler.from_pretrained(folder, subfolder=at["scheduler"])
+        odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+        if odd:  # diffusers would leave them out, with a warning or without
+            _check(source, {"weights": f"another network's, with other tensors, such as {odd[0]}"})
+    except Unsupported:
+        raise
     except Exception as error:
         raise FileNotFoundError(
             f"cannot load a policy from {source!r}. It must be a complete folder of a DDPMPipeline "
             "or DDIMPipeline (model_index.json, and unet/ and scheduler/ or their files beside it) "
-            "or the id of such a model on the Hugging Face Hub. "
-            f"Cause: {hub.cause(error)}"
+            f"or the id of such a model on the Hugging Face Hub. Cause: {hub.cause(error)}"
         ) from error
+    return unet, scheduler
 
 
-def _base_of(file: str, base: str | Path | None) -> str:
+def _check(source: str, found: Mapping[str, object]) -> None:
+    if faults := {name: v for name, v in found.items() if v not in SUPPORTED.get(name, (v,))}:
+        needed = {name: SUPPORTED[name] for name in faults}
+        raise Unsupported(f"{source}: not supported are {faults}; supported are {needed}")
+
+
+def _read_pth(file: str, base: str | Path | None) -> tuple:
+    """Network and scheduler of the base, with the weights that the thesis's code saved."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"no policy at {file!r}: the file does not exist")
     if base is None:
         raise ValueError(
-            f"{file} holds weights alone: name the policy that it was finetuned from too, "
-            "policy.load(file, base='google/ddpm-celebahq-256'). policy.save then makes a folder "
-            "of it, which a profile can name"
+            f"{file} holds weights alone: name the policy that it was finetuned from, policy.load("
+            "file, base='google/ddpm-celebahq-256'). policy.save makes a folder of it, for profiles"
         )
-    return str(base)
-
-
-def _load_weights(unet: UNet2DModel, file: str) -> None:
-    """Put the `model_state_dict` of the thesis's code into the network."""
+    unet, scheduler = _read(str(base))
     # Beside the weights lies the best reward, a numpy scalar, under numpy 1's or numpy 2's name.
     scalar = np.float64(0).__reduce__()[0]
-    numpy_scalars = [
-        scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype,
-        *{type(np.dtype(kind)) for kind in ("f4", "f8")},
-    ]  # fmt: skip
+    numpy_types = [np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
+    trusted = [scalar, (scalar, "numpy.core.multiarray.scalar"), *numpy_types]
     try:
-        with torch.serialization.safe_globals(numpy_scalars):
+        with torch.serialization.safe_globals(trusted):
             content = torch.load(file, "cpu", weights_only=True, mmap=True)
         unet.load_state_dict(content["model_state_dict"])
     except Exception as error:
         raise ValueError(
             f"{file} is no checkpoint of the thesis's code (a .pth with `model_state_dict`), or it "
-            "is damaged, or its base is another policy. "
-            f"Cause: {hub.cause(error)}"
+            f"is damaged, or its base is another policy. Cause: {hub.cause(error)}"
         ) from error
+    return unet, scheduler
 
 
 def save(policy: Policy, folder: str | Path) -> None:
-    """Save as a `DDPMPipeline` folder (safetensors) that plain diffusers loads."""
-    DDPMPipeline(unet=policy.unet, scheduler=policy.scheduler).save_pretrained(str(folder))
+    """Save as a folder that plain diffusers loads (safetensors): a `DDPMPipeline`, or a
+    `DDIMPipeline` for a policy with a `DDIMScheduler`. ValueError for a guided policy, which has no
+    network of its own."""
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+
+    if not isinstance(policy.unet, torch.nn.Module):
+        raise ValueError("a guided policy has no network of its own: save the policy it guides")
+    kind = DDIMPipeline if isinstance(policy.scheduler, DDIMScheduler) else DDPMPipeline
+    kind(unet=policy.unet, scheduler=policy.scheduler).save_pretrained(str(folder))
+    file = Path(folder) / "unet/config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where this machine had the model
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def timesteps(policy: Policy, n_steps: int) -> torch.Tensor:
-    """(n_steps,) int64, descending to 0: DDIM's evenly spaced steps ("leading" in diffusers).
+def encode(policy: Policy, prompts: Sequence[str] | None) -> Context | None:
+    """The context of N prompts, None for None. ValueError for prompts: no policy takes text yet."""
+    if prompts is not None:
+        raise ValueError("this policy takes no text: prompts must be None")
+    return None
 
-    1000 → 40 gives 975, 950, …, 25, 0.
+
+def decode(policy: Policy, x_0: torch.Tensor) -> torch.Tensor:
+    """The images (N, C, H, W), about in [-1, 1], of finished samples: x_0 itself, being pixels."""
+    return x_0
+
+
+def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The timesteps t of a chain, descending, and t_prev, where each step goes; (n_steps,) int64.
+
+    Both as in diffusers' DDIMScheduler, for the spacing and the offset that the policy's scheduler
+    names: t_prev = t - T // n_steps, negative for the clean image. "leading", 1000 → 40, gives
+    t = 975, 950, …, 25, 0. Warns where the first t is so early that pure noise is a poor start.
+
+    Raises:
+        ValueError: n_steps is no whole number from 1 to T, or diffusers leaves the schedule at it.
     """
+    from diffusers import DDIMScheduler
+
     T = len(policy.alpha_bar)
-    if not 1 <= n_steps <= T:
-        raise ValueError(f"n_steps={n_steps}: must lie between 1 and the schedule's {T} steps")
-    return torch.arange(n_steps).flip(0) * (T // n_steps)
+    if type(n_steps) is not int or not 1 <= n_steps <= T:
+        raise ValueError(f"n_steps={n_steps!r}: must be a whole number from 1 to {T}")
+    scheduler = DDIMScheduler.from_config(configuration(policy.scheduler))
+    scheduler.set_timesteps(n_steps)
+    t = scheduler.timesteps
+    if t[0] >= T or t[-1] < 0:  # by an offset, or by a rounding error of "trailing"
+        raise ValueError(
+            f"n_steps={n_steps}: diffusers' timesteps run from {t[0]} to {t[-1]}, which leaves the "
+            f"schedule's 0 to {T - 1}; take another n_steps"
+        )
+    signal = policy.alpha_bar[t[0]].sqrt().item()
+    if signal > 0.2:
+        warnings.warn(
+            f"n_steps={n_steps}: the chain starts from pure noise at timestep {t[0]} of {T}, where "
+            f"{signal:.2f} of the image should be left; take another n_steps or timestep_spacing",
+            stacklevel=2,
+        )
+    return t, t - T // n_steps
 
 
-def predict_noise(policy: Policy, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """eps_theta(x_t, t), float32, (N, C, H, W)."""
+def configuration(scheduler) -> dict:
+    """All of a scheduler's settings, for another `from_config`: diffusers' own `config` calls those
+    that were given by position defaults, and from_config then takes its own."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def predict_noise(
+    policy: Policy, x_t: torch.Tensor, t: torch.Tensor, context: Context | None = None
+) -> torch.Tensor:
+    """eps_theta(x_t, t), (N, C, H, W) float32, also of a network that predicts v. ValueError for a
+    context: no policy takes text yet."""
+    if context is not None:
+        raise ValueError("this policy takes no text: context must be None")
+    if not policy.bf16:  # no TF32, and for good: a context manager would end before backward
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9 has a setting above this one too
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bf16):
-        return policy.unet(x_t, t).sample.float()
+        output = policy.unet(x_t, t).sample.to(x_t.dtype)
+    if policy.scheduler.config.prediction_type == "epsilon":
+        return output
+    a_t = policy.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+    return a_t.sqrt() * output + (1 - a_t).sqrt() * x_t
 
 
 def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0) -> torch.Tensor:
-    """sigma_t of the steps from t to t_prev, (N,) float32; 0 for a deterministic step.
-
-    Arguments as in `transition`.
-    """
+    """sigma_t, (N,) float32, of steps from t to t_prev as in `transition`; 0 if deterministic."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: must lie between 0 (deterministic) and 1")
     a_t, a_prev = _alpha_bars(policy, t, t_prev)
     return eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
 
 
 def transition(
-    policy: Policy, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0
-) -> Transition:
+    policy: Policy, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0,
+    context: Context | None = None,
+) -> Transition:  # fmt: skip
     """p_theta(x_{t_prev} | x_t), the only place that knows the DDIM step (equations 2.25–2.28).
 
     Equal to one `DDIMScheduler.step` per sample, clipping included, but t and t_prev may differ
@@ -189,17 +310,19 @@ def transition(
     Args:
         x_t: (N, C, H, W) float32.
         t: (N,) int64 timesteps in [0, T).
-        t_prev: (N,) int64, the steps to go to; negative for the clean picture.
+        t_prev: (N,) int64, the timesteps to go to, see `steps`; negative for the clean image.
         eta: 0 for deterministic DDIM, 1 for the DDPM-like sampler that explores.
+        context: of these N samples, see `encode`.
     """
-    eps = predict_noise(policy, x_t, t)
+    eps = predict_noise(policy, x_t, t, context)
     a_t, a_prev = (a.view(-1, 1, 1, 1) for a in _alpha_bars(policy, t, t_prev))
     std = sigma(policy, t, t_prev, eta).view(-1, 1, 1, 1)
     denoised = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
     if policy.scheduler.config.clip_sample:
-        # As in diffusers, eps is not recomputed from the clamped picture. The clamp passes no
+        # As in diffusers, eps is not recomputed from the clamped image. The clamp passes no
         # gradient at saturated pixels; the direct term below still does.
-        denoised = denoised.clamp(-1, 1)
+        limit = policy.scheduler.config.clip_sample_range
+        denoised = denoised.clamp(-limit, limit)
     # At eta = 1 the difference can round below zero at the last steps.
     direction = (1 - a_prev - std**2).clamp(min=0).sqrt()
     mean = a_prev.sqrt() * denoised + direction * eps
@@ -207,6 +330,7 @@ def transition(
 
 
 def _alpha_bars(policy, t, t_prev) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha_bar at t and at t_prev, (N,) each; 1 for the clean picture."""
+    """alpha_bar at t and at t_prev, (N,) each."""
     alpha_bar = policy.alpha_bar.to(t.device)
-    return alpha_bar[t], torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], 1.0)
+    at_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], policy.final_alpha_bar)
+    return alpha_bar[t], at_prev

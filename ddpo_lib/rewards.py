@@ -1,56 +1,89 @@
-"""Rewards: an image batch in, one number per picture out.
+"""Rewards: images in, or images and prompts, and one number per image out.
 
-A reward is any callable from a float batch (N, C, H, W) in [-1, 1] to (N,) finite numbers. The
-registry holds the thesis's five; a parameter "package.module:function" names a reader's own.
+A reward is any callable that takes float images (N, C, H, W) in [-1, 1], or those and N prompts,
+and gives N finite numbers, higher where it is better: a function in a notebook cell is one.
+`checked` is what the loop calls it through.
 """
 
+import contextlib
 import functools
 import importlib
+import inspect
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ddpo_lib import encoders, paths
-from ddpo_lib.config import CHOICES, Models
+from ddpo_lib import encoders
 
-Reward = Callable[[torch.Tensor], torch.Tensor]
+Reward = Callable[..., torch.Tensor]
+
+ENCODINGS = ("rescaled", "published")
+MODELS = {"aesthetic": ("clip", "aesthetic"), "over50": ("age",), "under30": ("age",)}
+"""Learned reward → the models that it looks through."""
 
 
 def to_uint8(images: torch.Tensor, encoding: str = "rescaled") -> torch.Tensor:
-    """(N, C, H, W) in [-1, 1] → (N, H, W, C) uint8 on the CPU.
+    """Float images (N, C, H, W) in [-1, 1] → (N, H, W, C) uint8 on the CPU.
 
     Args:
+        images: refused where `check_images` refuses.
         encoding: "rescaled" maps [-1, 1] to 0…255. "published" repeats the thesis's code, which
             multiplies by 255 and clamps, so that everything below mid-grey turns black.
     """
-    if encoding not in CHOICES["jpeg_encoding"]:
-        raise ValueError(f"JPEG encoding {encoding!r}: must be one of {CHOICES['jpeg_encoding']}")
+    if encoding not in ENCODINGS:
+        raise ValueError(f"JPEG encoding {encoding!r}: must be one of {ENCODINGS}")
+    check_images(images)
     scaled = (images / 2 + 0.5) * 255 if encoding == "rescaled" else images * 255
     return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def from_uint8(pictures: torch.Tensor) -> torch.Tensor:
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """The inverse of `to_uint8`: (N, H, W, C) uint8 → (N, C, H, W) float32 in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"expected uint8 images (N, H, W, C), got {_kind(images)}")
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raise ValueError for what is no float tensor (N, C, H, W), and for grey levels 0…255;
+    FloatingPointError for images that are not finite, which it names."""
+    if not (isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4):
+        raise ValueError(
+            f"expected float images (N, C, H, W) in [-1, 1], got {_kind(images)}; of uint8 images "
+            "(N, H, W, C), `rewards.from_uint8` makes them"
+        )
+    if bad := _not_finite(images):
+        raise FloatingPointError(f"images {bad} are not finite: what drew them has diverged")
+    # A policy may leave [-1, 1], by far if it does not clip, but then to both sides.
+    if images.numel() and images.min() >= 0 and images.max() > 10:
+        raise ValueError(
+            f"expected images in [-1, 1], got {images.min():.3g} to {images.max():.3g}: if these "
+            "are grey levels, divide by 127.5 and subtract 1"
+        )
 
 
 def jpeg_kilobytes(images: torch.Tensor, encoding: str = "rescaled") -> torch.Tensor:
-    """Size of each picture as a JPEG of quality 95, in kB of 1000 bytes, (N,) float32.
+    """Size of each image (N, 1 or 3, H, W) as a JPEG of quality 95, in kB of 1000 bytes, (N,).
 
-    "published" is there to compare with the thesis's numbers (17.26 kB for its faces).
+    The encoding "published", see `to_uint8`, is there to compare with the thesis's numbers (17.26
+    kB for its faces).
     """
+    levels = to_uint8(images, encoding)
+    if (channels := levels.shape[-1]) not in (1, 3):
+        raise ValueError(f"JPEG files have 1 or 3 channels, not {channels}")
+    levels = levels[..., 0] if channels == 1 else levels
     with ThreadPoolExecutor() as pool:  # the encoder lets go of the interpreter
-        sizes = list(pool.map(_jpeg_bytes, to_uint8(images, encoding).numpy()))
-    return torch.tensor(sizes, device=images.device) / 1000
+        sizes = list(pool.map(_jpeg_bytes, levels.numpy()))
+    return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
 
-def _jpeg_bytes(picture: np.ndarray) -> int:
+def _jpeg_bytes(levels: np.ndarray) -> int:
     buffer = io.BytesIO()
-    Image.fromarray(picture.squeeze()).save(buffer, format="JPEG", quality=95)
+    Image.fromarray(levels).save(buffer, format="JPEG", quality=95)
     return buffer.tell()
 
 
@@ -64,89 +97,146 @@ def jpeg_incompressibility(images: torch.Tensor, encoding: str = "rescaled") -> 
     return jpeg_kilobytes(images, encoding)
 
 
-def aesthetic(models: Models, device: str | None = None) -> Reward:
+def aesthetic(clip: encoders.Clip, head: encoders.AestheticHead) -> Reward:
     """Score of the aesthetic head on normalised CLIP embeddings (section 5.1.3), about 1…10."""
-    clip = encoders.load_clip(paths.resolve(models.clip), device)
-    head = encoders.load_aesthetic_head(paths.resolve(models.aesthetic), device)
-    return lambda images: head(encoders.embed_images(clip, images))
+
+    def aesthetic(images: torch.Tensor) -> torch.Tensor:
+        check_images(images)
+        return head(encoders.embed_images(clip, images))
+
+    return aesthetic
 
 
-def over50(models: Models, device: str | None = None) -> Reward:
+def over50(classifier: encoders.AgeClassifier) -> Reward:
     """Sum of the age classifier's *logits* of 50–59, 60–69 and 70 or more (section 5.1.4)."""
-    return _age_reward(models, encoders.OVER50, device)
+    return _age("over50", classifier, encoders.OVER50)
 
 
-def under30(models: Models, device: str | None = None) -> Reward:
+def under30(classifier: encoders.AgeClassifier) -> Reward:
     """Sum of the age classifier's *logits* of the four classes below 30."""
-    return _age_reward(models, encoders.UNDER30, device)
+    return _age("under30", classifier, encoders.UNDER30)
 
 
-def _age_reward(models: Models, classes, device: str | None) -> Reward:
-    classifier = encoders.load_age_classifier(paths.resolve(models.age), device)
-    return lambda images: encoders.age_logits(classifier, images)[:, list(classes)].sum(1)
+def _age(name: str, classifier: encoders.AgeClassifier, classes: Sequence[int]) -> Reward:
+    def reward(images: torch.Tensor) -> torch.Tensor:
+        check_images(images)
+        return encoders.age_logits(classifier, images)[:, list(classes)].sum(1)
+
+    reward.__name__ = name
+    return reward
 
 
-JPEG = {
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-}
-LEARNED = {"aesthetic": aesthetic, "over50": over50, "under30": under30}
-REWARDS = (*JPEG, *LEARNED)
+JPEG = {f.__name__: f for f in (jpeg_compressibility, jpeg_incompressibility)}
+REWARDS = (*JPEG, *MODELS)
 
 
 def load(
-    name: str, models: Models, device: str | None = None, jpeg_encoding: str = "rescaled"
-) -> Reward:
-    """The reward called `name`, checked on every call.
+    name: str, models: Mapping[str, str] | None = None, device: str | None = None,
+    jpeg_encoding: str = "rescaled",
+) -> Reward:  # fmt: skip
+    """The reward called `name`: one of `REWARDS`, or "package.module:function" for your own.
 
     Args:
-        name: one of `REWARDS`, or "package.module:function" for any importable callable.
-        models: where the learned rewards find their networks.
-        device: for those networks; by default a GPU if there is one.
+        models: where a learned reward's `MODELS` are, see the loaders in `encoders`.
+        device: for those models; by default a GPU if there is one.
+        jpeg_encoding: for the JPEG rewards, see `to_uint8`.
 
     Raises:
-        ValueError: no such reward. Called, the result raises ValueError where the reward returns a
-            wrong shape or a value that is not finite, and RuntimeError where it raises.
+        ValueError: no such reward, or no source of a model.
     """
     if name in JPEG:
-        reward = functools.partial(JPEG[name], encoding=jpeg_encoding)
-    elif name in LEARNED:
-        reward = LEARNED[name](models, device)
-    else:
-        reward = _import(name)
-
-    @torch.no_grad()
-    def checked(images: torch.Tensor) -> torch.Tensor:
-        try:
-            values = torch.as_tensor(reward(images), dtype=torch.float32, device=images.device)
-        except Exception as error:
-            raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-        if values.shape != (len(images),):
-            raise ValueError(
-                f"reward {name!r} returned shape {tuple(values.shape)} for {len(images)} pictures: "
-                f"it must return one number each, shape ({len(images)},)"
-            )
-        if not values.isfinite().all():
-            bad = (~values.isfinite()).nonzero().view(-1).tolist()
-            raise ValueError(
-                f"reward {name!r} is not finite for pictures {bad[:10]}: {values[bad[0]]}"
-            )
-        return values
-
-    return checked
-
-
-def _import(name: str) -> Reward:
+        return functools.partial(JPEG[name], encoding=jpeg_encoding)
+    if missing := [model for model in MODELS.get(name, ()) if not (models or {}).get(model)]:
+        raise ValueError(f"the reward {name!r} looks through models: name a source of {missing}")
+    if name == "aesthetic":
+        clip = encoders.load_clip(models["clip"], device)
+        return aesthetic(clip, encoders.load_aesthetic_head(models["aesthetic"], device))
+    if name in MODELS:
+        classifier = encoders.load_age_classifier(models["age"], device)
+        return over50(classifier) if name == "over50" else under30(classifier)
     module, _, function = name.partition(":")
-    if not function:
+    if not (module and function):
         raise ValueError(
             f"unknown reward {name!r}: choose one of {REWARDS}, or name your own as "
             "'package.module:function'"
         )
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(
-            f"cannot import the reward {name!r}: {error}. The module must be importable from the "
-            "notebook's kernel (installed, or its folder on PYTHONPATH)"
+            f"cannot import the reward {name!r}: {type(error).__name__}: {error}. The module must "
+            "be installed, beside the notebook, or in a folder on PYTHONPATH"
         ) from error
+
+
+def checked(reward: Reward) -> Callable[..., torch.Tensor]:
+    """The reward as the loop calls it: scores(images, prompts=None) → (N,) float32, no gradient.
+
+    Lists, NumPy arrays, integers and values that carry a gradient will do.
+
+    Raises:
+        ValueError: it is no reward, see `needs_prompts`. Called: prompts are missing, or the reward
+            returned anything but one finite real number per image.
+        RuntimeError: called, where the reward itself raises; from that error. Images that
+            `check_images` refuses never reach it.
+    """
+    title, reads_prompts = f"reward {name(reward)!r}", needs_prompts(reward)
+
+    @torch.no_grad()
+    def scores(images: torch.Tensor, prompts: Sequence[str] | None = None) -> torch.Tensor:
+        check_images(images)
+        n = len(images)
+        if reads_prompts and len(prompts or ()) != n:
+            raise ValueError(f"{title} reads prompts: {n} images and {len(prompts or ())} prompts")
+        try:  # a copy, because a reward may work in place
+            values = reward(images.clone(), *([prompts] if reads_prompts else []))
+        except Exception as error:
+            raise RuntimeError(f"{title} raised {type(error).__name__}: {error}") from error
+        with contextlib.suppress(Exception):  # what is no tensor then is refused
+            values = torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values)
+        fits = isinstance(values, torch.Tensor) and values.shape == (n,)
+        if not fits or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(
+                f"{title} returned {_kind(values)} for {n} images: it must return one real number "
+                f"each, shape ({n},)"
+            )
+        values = values.detach().to(images.device, torch.float32)
+        if bad := _not_finite(values[:, None]):
+            raise ValueError(f"{title} is not finite for images {bad}: {values[bad[0]]}")
+        return values
+
+    return scores
+
+
+def needs_prompts(reward: Reward) -> bool:
+    """Whether a reward is one of images and prompts, and not of images alone. ValueError where it
+    is not callable, or has neither one nor two parameters without a default."""
+    # A network's own __call__ would take anything.
+    called = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    parameters = inspect.signature(called).parameters.values() if callable(called) else ()
+    positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    required = [p.name for p in positional if p.default is p.empty]
+    if len(required) not in (1, 2):
+        raise ValueError(
+            f"{name(reward)!r} is no reward: a function of (images), or of (images, prompts), and "
+            f"not of ({', '.join(required)})"
+        )
+    return len(required) == 2
+
+
+def name(reward: Reward) -> str:
+    """What to call a reward."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _not_finite(values: torch.Tensor) -> list[int]:
+    """The first ten rows that have a NaN or an infinity."""
+    return (~values.isfinite().flatten(1).all(1)).nonzero().view(-1).tolist()[:10]
+
+
+def _kind(thing: object) -> str:
+    if isinstance(thing, torch.Tensor | np.ndarray):
+        return f"{thing.dtype} of shape {tuple(thing.shape)}"
+    return type(thing).__name__

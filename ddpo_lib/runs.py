@@ -1,21 +1,14 @@
-"""A run's folder, data/runs/<profile>/<policy>-<task>-s<seed>/:
+"""A run's folder, which goes wherever its owner says:
 
-settings.json         everything that decided the run, with sha256 of its models or, from the Hub,
-                      their commits
-metrics.csv           one row per optimizer step, see `ppo.UpdateMetrics`
-iterations.csv        one row per iteration: training and development rewards, seconds
-rewards.csv           every sampled picture's reward
+settings.json         what decides the run, and the settings of memory and speed it last ran with
+metrics.jsonl         one line before training and one an iteration, see `metrics`
 development/NNN.npz   the development set after NNN iterations: pictures and rewards
-last/, best/          DDPMPipeline folders; last/ also has the optimizer and the position, best/ a
-                      model card
-evaluation.npz        the evaluation set's pictures
-evaluation.json       their scores, written when everything is done
+last/                 a DDPMPipeline folder with the optimizer and the position, to go on from
+best/                 a DDPMPipeline folder of the highest development reward; best.json says which
 """
 
 import contextlib
-import csv
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -23,35 +16,122 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
 
-from ddpo_lib import config, hub, model_card, paths, policy
-from ddpo_lib.config import Run
+from ddpo_lib.settings import Finetune
 
 
-def folder(run: Run) -> Path:
-    """Where the run lives, whether or not it exists yet."""
-    return paths.RUNS / run.profile / run.name
+def iterations_done(home: Path) -> int:
+    """Iterations that the run's last/ holds; 0 where there is none.
+
+    Raises:
+        ValueError: last/ is damaged.
+    """
+    if not (home / "last").exists():
+        return 0
+    with whole(home / "last"):
+        return int(json.loads(_read(home / "last" / "state.json"))["iterations_done"])
+
+
+def best(home: Path) -> dict:
+    """best/'s own record: `iteration`, after how many it was kept, and `development_reward`. It is
+    written with the weights, so the two always agree."""
+    return json.loads(_read(home / "best" / "best.json"))
+
+
+def best_iteration(home: Path) -> int:
+    return best(home)["iteration"]
+
+
+def metrics(home: Path) -> list[dict]:
+    """The lines of metrics.jsonl, less a last one that a crash cut short.
+
+    Each has iteration (how many are done; 0 is before training), development_reward,
+    development_sd. Others than the first also have reward_mean, reward_sd, seconds; the means over
+    the iteration's updates of grad_norm, learning_rate and what the objective logs (for DDPO loss,
+    mean_ratio, clip_fraction, kl in nats per trajectory); and the lists `rewards`, one a sample,
+    and `updates`, one dict an optimizer step.
+    """
+    file = home / "metrics.jsonl"
+    if not file.exists():
+        return []
+    lines = _read(file).split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # a whole line ends with a newline
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines) - 1:
+                raise ValueError(f"{file}, line {number} is damaged: {error}") from error
+    return rows
+
+
+def append_metrics(home: Path, row: dict) -> None:
+    """Add one line, after whatever whole lines there are."""
+    with (home / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def development(home: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The development set before the first and after every iteration so far: pictures
+    (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N)."""
+    sets = [dict(np.load(file)) for file in _development_files(home)]
+    return tuple(np.stack([each[name] for each in sets]) for name in ("pictures", "rewards"))
+
+
+def save_development(home: Path, iteration: int, pictures: np.ndarray, rewards: np.ndarray) -> None:
+    """Write development/NNN.npz, all or nothing."""
+    file = home / "development" / f"{iteration:03d}.npz"
+    with replacing(file) as draft, draft.open("wb") as stream:
+        np.savez_compressed(stream, pictures=pictures, rewards=rewards)
+
+
+def drop_after(home: Path, iteration: int) -> None:
+    """Remove the metrics and development sets of iterations that a resumed run will make again."""
+    rows = [row for row in metrics(home) if row["iteration"] <= iteration]
+    with replacing(home / "metrics.jsonl") as draft:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        draft.write_text(lines, encoding="utf-8")
+    for file in _development_files(home):
+        if int(file.stem) > iteration:
+            file.unlink()
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    with replacing(file) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def hold(run: Run) -> Iterator[None]:
-    """Own the run's folder: two processes never write to it, and a killed one frees it.
+def replacing(file: Path) -> Iterator[Path]:
+    """A draft's path; when its block ends without an error, the draft takes the file's place."""
+    draft = file.with_name(f".{os.getpid()}-{file.name}")
+    try:
+        yield draft
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
-    Waits while another process has it, for instance one that outlived a batch that was killed.
+
+@contextlib.contextmanager
+def hold(home: Path, wait: bool = True) -> Iterator[None]:
+    """Own the run's folder: two processes never write to it, and a killed one frees it.
 
     Raises:
         OSError: the folder cannot be written; says which and what to do.
+        RuntimeError: another process has it, and `wait` is false.
     """
-    with _explained(folder(run)):
-        folder(run).parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder(run).with_name(f".{run.name}.lock"))
+    from filelock import FileLock, Timeout
+
+    with _explained(home):
+        home.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(home.with_name(f".{home.name}.lock"))
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            print(f"{run.name}: another process is at work on it; waiting for that to end")
+            if not wait:
+                raise RuntimeError(f"{home}: another process is at work on it") from None
+            print(f"{home}: another process is at work on it; waiting for that to end")
             lock.acquire()
     try:
         yield
@@ -59,140 +139,103 @@ def hold(run: Run) -> Iterator[None]:
         lock.release()
 
 
-def open_folder(run: Run) -> Path:
+def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
     """Make the run's folder, or return to it.
 
-    A folder made under other settings (or from other pretrained weights) is set aside under a new
-    name, never overwritten.
-
     Raises:
+        ValueError: the folder holds something else: another run, a longer one, or no run at all.
         OSError: the folder cannot be written; says which and what to do.
     """
-    home = folder(run)
-    settings = _as_json(run)
+    file = home / "settings.json"
     with _explained(home):
-        file = home / "settings.json"
-        if file.exists():
-            stored = json.loads(file.read_text())
-            changes = config.differences(stored, settings)
-            if not changes:
-                write_json(file, settings)  # memory settings may be others now
-                _finish_replacement(home / "last")
-                _finish_replacement(home / "best")
-                return home
-            n = 1
-            while (aside := home.with_name(f"{home.name}.old{n}")).exists():
-                n += 1
-            home.rename(aside)
-            print(
-                f"{run.name}: settings changed ({', '.join(changes)}); "
-                f"the earlier run is kept in {aside}"
+        home.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        try:
+            stored = dict(json.loads(_read(file))["identity"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error!r}): move {home} elsewhere") from error
+        if changes := differences(stored, identity):
+            raise ValueError(
+                f"{home} holds a run with other settings: {'; '.join(changes)}. Give another "
+                "folder, or return to that run's settings"
             )
-        (home / "development").mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
-    return home
+        if (done := iterations_done(home)) > settings.n_iterations:
+            raise ValueError(
+                f"{home} holds {done} iterations, more than n_iterations={settings.n_iterations}: "
+                "give another folder"
+            )
+    elif any(not entry.name.startswith(".") for entry in home.iterdir()):
+        raise ValueError(f"{home} is not empty, and no run: settings.json is missing")
+    with _explained(home):
+        write_json(file, {"identity": identity, "settings": dataclasses.asdict(settings)})
+        (home / "development").mkdir(exist_ok=True)
+        for name in ("last", "best"):
+            _finish_replacement(home / name)
 
 
-def write_json(file: Path, content: dict) -> None:
-    """Write so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, file)
+def differences(old: dict, new: dict) -> list[str]:
+    """What makes two identities different, "name old → new" each.
 
-
-def append_rows(file: Path, rows: list[dict]) -> None:
-    """Append rows to a CSV, with a header if it is new."""
-    new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys())
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def drop_rows(file: Path, from_iteration: int) -> None:
-    """Remove the rows of iterations that a resumed run will make again."""
-    if not file.exists():
-        return
-    with file.open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if int(row["iteration"]) < from_iteration]
-    draft = file.with_name(file.name + ".tmp")
-    draft.unlink(missing_ok=True)
-    if rows:
-        append_rows(draft, rows)
-        os.replace(draft, file)
-    else:
-        file.unlink()
-
-
-def development(home: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The development set before the first and after every iteration so far.
-
-    Returns:
-        Pictures (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N).
+    A setting that `old` lacks is younger than that run, which had what is now its default.
     """
-    sets = [np.load(file) for file in sorted((home / "development").glob("*.npz"))]
-    return np.stack([s["pictures"] for s in sets]), np.stack([s["rewards"] for s in sets])
+    defaults = {"settings": dataclasses.asdict(Finetune())}
+    after, before = _flat(new), _flat(old)
+    before = {k: v for k, v in _flat(defaults).items() if k in after} | before
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [f"{name} {before.get(name)} → {after.get(name)}" for name in names]
 
 
-def save_checkpoint(
-    home: Path, model: policy.Policy, optimizer: torch.optim.Optimizer, state: dict
-) -> None:
-    """Write last/: the policy, the optimizer's moments and `state` (JSON), all or nothing."""
-    draft = _draft(home / "last")
-    policy.save(model, draft)
-    moments = {
-        f"{i}.{key}": value.contiguous()  # they are channels_last, as the weights are
-        for i, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-    save_file(moments, draft / "optimizer.safetensors")
-    write_json(draft / "state.json", state)
-    _replace_folder(draft, home / "last")
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A draft folder; when its block ends without an error, it takes the target's place."""
+    draft = target.with_name(target.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    old = target.with_name(target.name + ".previous")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    draft.rename(target)  # between these two renames, a crash is mended by _finish_replacement
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def load_learner(home: Path, bf16: bool) -> policy.Policy:
-    """The policy in last/. Raises ValueError if last/ is damaged."""
-    with _whole(home / "last"):
-        return policy.load(home / "last", bf16=bf16)
+@contextlib.contextmanager
+def whole(last: Path) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # the GPU is full, the files are all right
+            raise
+        raise ValueError(
+            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). To start the run "
+            f"again, move {last.parent} elsewhere; its best/ and its metrics are as they were"
+        ) from error
 
 
-def load_checkpoint(home: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the optimizer from last/ and return the state. Raises ValueError if it is damaged."""
-    with _whole(home / "last"):
-        state = json.loads((home / "last" / "state.json").read_text())
-        moments = load_file(home / "last" / "optimizer.safetensors")
-    restored: dict[int, dict] = {}
-    for name, value in moments.items():
-        i, key = name.split(".")
-        restored.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
-    return state
+def _flat(content: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in content.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
 
 
-def save_best(home: Path, model: policy.Policy) -> None:
-    """Write best/, a plain DDPMPipeline folder with a model card, all or nothing."""
-    draft = _draft(home / "best")
-    policy.save(model, draft)
-    (draft / "README.md").write_text(model_card.write(home))
-    _replace_folder(draft, home / "best")
+def _development_files(home: Path) -> list[Path]:
+    files = (home / "development").glob("[0-9]*.npz")
+    return sorted(files, key=lambda file: int(file.stem))
 
 
-def fingerprint(source: str) -> str | None:
-    """What tells a source's weights from others, so that retrained weights are other settings.
+def _finish_replacement(target: Path) -> None:
+    old = target.with_name(target.name + ".previous")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
-    sha256 of a local folder's or file's weights; the commit of a model on the Hub; None for a
-    folder without weights.
-    """
-    path = Path(source)
-    kinds = (".safetensors", ".bin", ".pth")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in kinds)
-    if not files:
-        return hub.commit(source)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -203,55 +246,5 @@ def _explained(home: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             f"cannot write the run's folder {home}: {error}. Make it writable, free some space, or "
-            "set DDPO_ROOT to a folder that is"
+            "give another folder"
         ) from error
-
-
-def _as_json(run: Run) -> dict:
-    content = dataclasses.asdict(run)
-    local, remote = {}, {}
-    for name, source in run.sources.items():
-        source = paths.resolve(source)
-        (remote if hub.locate(source) else local)[name] = fingerprint(source)
-    content["sha256"] = local
-    if remote:
-        content["commits"] = remote
-    return json.loads(json.dumps(content))
-
-
-@contextlib.contextmanager
-def _whole(last: Path) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # the GPU is full, and nothing is wrong with the files
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). To start the run "
-            f"again, move {last.parent} elsewhere: its best/ is a whole policy, and its CSVs and "
-            "development pictures are as they were"
-        ) from error
-
-
-def _draft(target: Path) -> Path:
-    draft = target.with_name(target.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    return draft
-
-
-def _replace_folder(draft: Path, target: Path) -> None:
-    """Put `draft` in the place of `target`; `_finish_replacement` mends a crash in between."""
-    old = target.with_name(target.name + ".previous")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _finish_replacement(target: Path) -> None:
-    old = target.with_name(target.name + ".previous")
-    if old.exists() and not target.exists():
-        old.rename(target)

@@ -13,24 +13,23 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ddpo_lib import paths
-from ddpo_lib import policy as policies
-from ddpo_lib.config import Finetune, Models, Run
+from ddpo_lib import finetune as loop
 from ddpo_lib.policy import Policy
+from ddpo_lib.settings import Finetune
 
 torch.set_num_threads(1)  # faster for tiny tensors, and parallel workers leave each other alone
 
 
 @pytest.fixture
 def new_policy():
-    """new_policy(seed=0, bf16=False, clip_sample=True, channels=3, widths=(8, 16)): random
-    weights, pictures of 8x8 pixels."""
+    """new_policy(seed=0, bf16=False, channels=3, widths=(8, 16), size=8, **scheduler): random
+    weights, images of 8x8 pixels."""
 
-    def make(seed=0, bf16=False, clip_sample=True, channels=3, widths=(8, 16)) -> Policy:
+    def make(seed=0, bf16=False, channels=3, widths=(8, 16), size=8, **scheduler) -> Policy:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet = UNet2DModel(
-                sample_size=8,
+                sample_size=size,
                 in_channels=channels,
                 out_channels=channels,
                 block_out_channels=widths,
@@ -40,7 +39,7 @@ def new_policy():
                 down_block_types=("DownBlock2D",) * len(widths),
                 up_block_types=("UpBlock2D",) * len(widths),
             ).eval()
-        return Policy(unet, DDPMScheduler(1000, clip_sample=clip_sample), bf16)
+        return Policy(unet, DDPMScheduler(1000, **scheduler), bf16)
 
     return make
 
@@ -52,12 +51,8 @@ def policy(new_policy) -> Policy:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A project folder whose runs and figures are the tests' own, for DDPO_ROOT."""
-    root = tmp_path_factory.mktemp("project")
-    (root / "data").mkdir()
-    for name in ("config", "notebooks", "data/toy", "data/thesis"):
-        (root / name).symlink_to(paths.ROOT / name)
-    return root
+    """A folder for the tests' own runs and figures, for DDPO_ROOT."""
+    return tmp_path_factory.mktemp("project")
 
 
 class Brightness:
@@ -81,41 +76,51 @@ class Brightness:
 
 @pytest.fixture
 def brightness(monkeypatch) -> Brightness:
-    """The reward named "own_rewards:brightness" while the test runs."""
+    """What `brightness_reward` consults while the test runs."""
     module = types.ModuleType("own_rewards")
     module.brightness = Brightness()
     monkeypatch.setitem(sys.modules, "own_rewards", module)
     return module.brightness
 
 
-@pytest.fixture
-def new_run(tmp_path, monkeypatch, new_policy, brightness):
-    """new_run(seed=0, **settings): a finetuning of a tiny policy that takes half a second."""
-    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    source = tmp_path / "pretrained"
-    policies.save(new_policy(widths=(8,)), source)
+def brightness_reward(images):
+    from own_rewards import brightness  # here, so that its counter is no part of the identity
 
-    def make(seed=0, **settings) -> Run:
-        small = {
-            "n_iterations": 3,
-            "n_samples": 4,
-            "n_steps": 3,
-            "minibatch_size": 2,
-            "micro_batch": 3,
-            "n_development": 2,
-            "learning_rate": 1e-3,
-            "peak_learning_rate": 3e-3,
-            "bf16": False,
-        }
-        return Run(
-            profile="test",
-            policy="tiny",
-            source=str(source),
-            task="brighter",
-            reward="own_rewards:brightness",
+    return brightness(images)
+
+
+SMALL = {
+    "n_iterations": 3,
+    "n_samples": 4,
+    "n_steps": 4,
+    "minibatch_size": 2,
+    "micro_batch": 3,
+    "n_development": 2,
+    "learning_rate": 1e-3,
+    "peak_learning_rate": 3e-3,
+    "bf16": False,
+}
+"""A finetuning of a tiny policy that takes half a second."""
+
+
+@pytest.fixture
+def finetune(tmp_path, new_policy, brightness):
+    """finetune(home="run", policy=None, reward=None, objective="ddpo", seed=0, own=None, **settings):
+    half a second of it."""
+
+    def run(
+        home="run", policy=None, reward=None, objective="ddpo", seed=0, own=None, on_iteration=None,
+        **settings,
+    ):  # fmt: skip
+        return loop.finetune(
+            policy or new_policy(widths=(8,)),
+            reward or brightness_reward,
+            objective,
+            Finetune(**SMALL | settings),
+            tmp_path / home,
             seed=seed,
-            models=Models("no-clip", "no-aesthetic", "no-age"),
-            settings=Finetune(**small | settings),
+            objective_settings=own,
+            on_iteration=on_iteration,
         )
 
-    return make
+    return run

@@ -1,123 +1,319 @@
 """Around the batch: what it plans, what stops it early, what it leaves for readers."""
 
-import dataclasses
+import ast
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
+import yaml
 
-from ddpo_lib import batch, config, paths
+from ddpo_lib.book import batch, finetuning, paths, profiles
+
+NAMES = ("50_finetune", *batch.contents())
 
 
-def test_batch_runs_every_notebook_with_its_parameters():
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--forceall", "--nolock"]
-    command += ["--cores", "2", "--config", "profile=toy"]
-    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
+def snakemake(*arguments, **options):
+    """Snakemake's standard output and error, of the project's Snakefile."""
+    command = [sys.executable, "-m", "snakemake", "-s", paths.ROOT / "Snakefile", "--nolock"]
+    programs = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": programs} | options.pop("env", {})
+    done = subprocess.run(
+        [*command, "--cores", "2", *arguments], env=env, capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    planned = done.stdout + done.stderr
-    for run in config.load("toy").batch():
+    return done.stdout + done.stderr
+
+
+def test_batch_runs_every_notebook_with_its_parameters(root):
+    env = {"DDPO_ROOT": str(root)}
+    planned = snakemake("-n", "-p", "--forceall", "--config", "profile=toy", cwd=root, env=env)
+    for run in profiles.load("toy").batch():
         given = f"-p profile toy -p policy {run.policy} -p task {run.task} -p seed {run.seed} "
         assert f"50_finetune-{run.name}.ipynb {given}" in planned
-    for notebook in batch.NOTEBOOKS:
+    for notebook in batch.contents():
         assert f"notebooks/{notebook}.ipynb -p profile toy " in planned
+    assert not (root / "data").exists()  # a look
 
 
-def test_misspelled_parameter_fails_before_anything_runs(tmp_path, monkeypatch):
-    for file in paths.NOTEBOOKS.glob("*.ipynb"):
-        notebook = json.loads(file.read_text())
-        for cell in notebook["cells"]:
-            if file.stem == "50_finetune" and "parameters" in cell["metadata"].get("tags", []):
-                source = "".join(cell["source"])
-                cell["source"] = re.sub(r"^task\b", "tsak", source, flags=re.MULTILINE)
-        (tmp_path / file.name).write_text(json.dumps(notebook))
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+def test_contents_name_every_notebook_and_what_it_saves():
+    """A new notebook, or a new figure, has to be entered."""
+    files = {
+        file.stem: file.read_text(encoding="utf-8") for file in paths.NOTEBOOKS.glob("*.ipynb")
+    }
+    assert sorted(files) == sorted(NAMES)
+    for name, entry in batch.contents().items():
+        assert entry.seconds > 0 and set(entry.toy_only) <= set(entry.makes)
+        saved = set(re.findall(r'(?:fig|table|extra)_\w+(?=\\")', files[name]))
+        assert saved - set(entry.makes) <= {"fig_c_", "fig_b_", "fig_d_"} | {
+            "table_a_2",
+            "table_5_1",
+        }
+        assert len(entry.makes) == len(set(entry.makes))
+    toy, thesis = profiles.load("toy"), profiles.load("thesis")
+    entry = batch.Notebook(1, ["fig_1_1_a", "table_1_2", "extra_57_b"], ["extra_57_b"])
+    assert entry.files(thesis) == ["fig_1_1_a.png", "fig_1_1_a.pdf", "table_1_2.csv"]
+    assert entry.files(toy) == [*entry.files(thesis), "extra_57_b.png", "extra_57_b.pdf"]
+
+
+def test_parameters_of_a_notebook():
+    found = batch.parameters("50_finetune")
+    defaults = [ast.literal_eval(found[name]) for name in ("profile", "seed", "eta")]
+    assert defaults == ["toy", 0, None]
+    cell = "# Parameters\na = 1\nb = {'c': -2}\nc = a / 3\nd, e = 1, 2\nprint(a)\n"
+    assert list(batch.assigned(cell)) == ["a", "b", "c"]
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A folder of the project's notebooks, to be changed."""
+    folder = tmp_path / "notebooks"
+    shutil.copytree(paths.NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".*"))
+    monkeypatch.setattr(paths, "NOTEBOOKS", folder)
+    return folder
+
+
+def test_misspelled_parameter_fails_before_anything_runs(notebooks):
+    file = notebooks / "50_finetune.ipynb"
+    notebook = json.loads(file.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            source = "".join(cell["source"])
+            cell["source"] = re.sub(r"^task\b", "tsak", source, flags=re.MULTILINE)
+    file.write_text(json.dumps(notebook), encoding="utf-8")
     with pytest.raises(ValueError, match=r"50_finetune: unknown parameter \['task'\].*tsak"):
         batch.plan("toy", cores=2)
 
 
-def test_missing_notebook_fails_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    with pytest.raises(ValueError, match="does not exist"):
+def test_missing_notebook_fails_before_anything_runs(notebooks):
+    (notebooks / "31_reward_models.ipynb").unlink()
+    with pytest.raises(ValueError, match="31_reward_models.ipynb, which does not exist"):
         batch.plan("toy", cores=2)
 
 
-def test_plan_knows_what_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RUNS", tmp_path)
-    runs = config.load("toy").batch()
-    complete, half_way, foreign = (tmp_path / "toy" / run.name for run in runs[:3])
-    for home, run in zip((complete, half_way, foreign), runs, strict=False):
-        (home / "last").mkdir(parents=True)
-        n = 4 if home == half_way else run.settings.n_iterations
-        (home / "last" / "state.json").write_text(json.dumps({"iterations_done": n}))
-        made = config.replace(run, eta=0.5) if home == foreign else run
-        (home / "settings.json").write_text(json.dumps(dataclasses.asdict(made)))
-        if home != half_way:
-            (home / "evaluation.json").write_text("{}")
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """begin(run, n_iterations, evaluated): what a run leaves; its folder."""
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
 
-    before, *states, last = batch.plan("toy", cores=2).splitlines()
+    def begin(run, n_iterations, evaluated=None):
+        with finetuning._claimed(run):
+            home = finetuning.home(run)
+            (home / "last").mkdir(parents=True)
+            (home / "settings.json").write_text("{}")
+            state = {"iterations_done": n_iterations}
+            (home / "last" / "state.json").write_text(json.dumps(state))
+        if evaluated is not None:
+            (home / "evaluation.json").write_text(json.dumps({"iterations": evaluated}))
+        return home
 
-    assert f"{len(runs)} finetunings" in before
+    return begin
+
+
+def contents_of(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_plan_knows_what_is_done_and_changes_nothing(begin, tmp_path):
+    profile = profiles.load("toy")
+    complete, half_way, foreign, trained, longer, *others = profile.batch()
+    foreign_rate = profile.run(foreign.policy, foreign.task, learning_rate=0.5)
+    begin(complete, complete.settings.n_iterations, complete.settings.n_iterations)
+    begin(half_way, 4)
+    begin(foreign_rate, 3, evaluated=3)
+    begin(trained, trained.settings.n_iterations, evaluated=4)  # evaluated before it went on
+    begin(longer, longer.settings.n_iterations + 1, evaluated=longer.settings.n_iterations + 1)
+    before = contents_of(tmp_path)
+
+    first, *states, last = batch.plan("toy", cores=2).splitlines()
+
+    assert f"{2 + len(others) + 3} finetunings and 18 notebooks" in first
     assert re.search(r"about \d+ minutes on 2 cores", last)
     assert states[0].endswith(" done")
     assert "goes on after 4 of" in states[1]
-    assert "to do again, eta 0.5 → 1.0" in states[2]
-    assert not (foreign / "evaluation.json").exists()
-    assert (complete / "evaluation.json").exists()
+    assert f"to do, 8 iterations, in {foreign.name}-2, beside another run of" in states[2]
+    assert "goes on after 8 of 8" in states[3]
+    assert f"to do, 10 iterations, in {longer.name}-2" in states[4]
+    assert contents_of(tmp_path) == before
+    assert not (tmp_path / "figures").exists()
 
 
-def test_time_is_shared_among_cores():
-    profile = config.load("toy")
+def test_batch_takes_the_folders_that_the_runs_have(begin, root):
+    """A try by hand under other settings is neither taken for the batch's run nor displaced."""
+    profile = profiles.load("smoke")
+    run = profile.batch()[0]
+    begin(profile.run(run.policy, run.task, eta=0.5), 2, evaluated=2)
+    shutil.copytree(paths.RUNS, root / "data" / "runs")
+    env = {"DDPO_ROOT": str(root)}
+    planned = snakemake("-n", "-p", "--config", "profile=smoke", cwd=root, env=env)
+    assert f"50_finetune-{run.name}-2.ipynb -p profile smoke" in planned
+    assert f"{run.name}-2/batch.done" in planned and f"{run.name}/batch.done" not in planned
+
+
+def test_batch_goes_on_with_what_was_begun_by_hand(begin, root):
+    """Also where that has an evaluation, which Snakemake would take for the batch's."""
+    profile = profiles.load("smoke")
+    run = profile.batch()[1]
+    begin(profile.run(run.policy, run.task, n_iterations=1), 1, evaluated=1)
+    shutil.copytree(paths.RUNS, root / "data" / "runs", dirs_exist_ok=True)
+    env = {"DDPO_ROOT": str(root)}
+    planned = snakemake("-n", "-p", "--config", "profile=smoke", cwd=root, env=env)
+    assert f"50_finetune-{run.name}.ipynb -p profile smoke" in planned
+
+
+def test_time_is_shared_among_cores(begin):
+    profile = profiles.load("toy")
     runs = profile.batch()
-    one, two = (batch.seconds(profile, runs, batch.NOTEBOOKS, cores=n) for n in (1, 2))
+    one, two = (batch.seconds(profile, runs, batch.contents(), cores=n) for n in (1, 2))
     assert one / 2 <= two < one
+    begin(runs[0], 4)
+    assert batch.seconds(profile, runs, {}, 1) < batch.seconds(profile, runs[1:], {}, 1) + one / 10
 
 
-def test_adopt_takes_outputs_of_notebooks_that_ran_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("plan nope", "unknown profile 'nope'"),
+        ("report nope", "unknown profile 'nope'"),
+        ("adopt nope", "unknown profile 'nope'"),
+        ("report ../config/toy", "unknown profile"),
+        ("plan toy --cores 0", "cores=0: must be at least 1"),
+        ("plan toy --cores -1", "cores=-1: must be at least 1"),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_line(arguments, message):
+    command = [sys.executable, "-m", "ddpo_lib.book.batch", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(f"Nothing was done: .*{message}.*\n", done.stderr), done.stderr
+
+
+def test_report_lists_what_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
+    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "data" / "runs")
+    for name in ("figures/toy/fig_1_1_a.png", "data/runs/toy/faces-a-s0/best/x/weights"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"0" * 3000)
+    titles = ["Figures and tables", "Finetuned policies", "Executed notebooks"]
+    lines = batch.report("toy").splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == titles
+    assert [line.split() for line in lines if line.startswith(" ")] == [
+        ["3", "kB", "figures/toy/fig_1_1_a.png"],
+        ["3", "kB", "data/runs/toy/faces-a-s0/best"],
+    ]
+
+
+# ------------------------------------------------------------------------------- adopt
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """pages(name=code, ...): notebooks of a batch in which 50_finetune shows "faces, aesthetic"."""
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(
-        batch, "NOTEBOOKS", {"51_a": None, "52_b": None, "53_c": None, "54_d": None}
-    )
-    executed = tmp_path / "runs" / "toy" / "notebooks"
 
-    def write(folder, name, code, *outputs, injected=False):
-        given = 'policy = "faces"\ntask = "blue"'
-        cells = [nbformat.v4.new_code_cell(given, id="a", metadata={"tags": ["parameters"]})]
-        if injected:
-            cells.append(nbformat.v4.new_code_cell('profile = "toy"', id="random"))
-        cells.append(nbformat.v4.new_code_cell(code, id="b", outputs=list(outputs)))
-        folder.mkdir(parents=True, exist_ok=True)
-        notebook = nbformat.v4.new_notebook(cells=cells)
-        notebook.metadata.kernelspec = {
-            "name": "python3",
-            "display_name": "Python 3",
-            "language": "python",
-        }
-        nbformat.write(notebook, folder / f"{name}.ipynb")
+    def write(**codes):
+        paths.NOTEBOOKS.mkdir()
+        entries = {name: {"seconds": 1, "makes": []} for name in codes if name != "50_finetune"}
+        (paths.NOTEBOOKS / "contents.yaml").write_text(yaml.safe_dump(entries))
+        for name, code in codes.items():
+            given = '# Parameters\npolicy = "faces"\ntask = "aesthetic"\nseed = 0\nprofile = "toy"'
+            tags = {"tags": ["parameters"]}
+            cells = [
+                nbformat.v4.new_code_cell(given, id="a", metadata=tags),
+                nbformat.v4.new_markdown_cell("prose", id="m"),
+                nbformat.v4.new_code_cell(code, id="b"),
+                nbformat.v4.new_code_cell("2 + 2", id="c"),
+            ]
+            notebook = nbformat.v4.new_notebook(cells=cells)
+            notebook.metadata.kernelspec = {
+                "name": "python3", "display_name": "Python 3", "language": "python",
+            }  # fmt: skip
+            nbformat.write(notebook, paths.NOTEBOOKS / f"{name}.ipynb")
 
-    def result(text):
-        return nbformat.v4.new_output("execute_result", {"text/plain": text}, execution_count=9)
+    return write
 
-    for name in ("50_finetune", "51_a", "52_b", "53_c", "54_d"):
-        write(paths.NOTEBOOKS, name, "1 + 1")
-    write(executed, "50_finetune-faces-blue-s0", "1 + 1", result("fifty"), injected=True)
-    write(executed, "51_a", "1 + 1", result("fifty-one"), injected=True)
-    write(executed, "52_b", "1 + 2", result("stale"), injected=True)
-    write(executed, "54_d", "1 + 1", nbformat.v4.new_output("error", traceback=["no"]))
+
+def execute(name, copy=None):
+    """As the batch does."""
+    folder = paths.RUNS / "toy" / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = paths.NOTEBOOKS / f"{name}.ipynb", folder / f"{copy or name}.ipynb"
+    program = os.path.join(os.path.dirname(sys.executable), "papermill")
+    options = ["--kernel", "python3", "--no-progress-bar", "-p", "profile", "toy"]
+    subprocess.run([program, *options, *files], capture_output=True)
+    return files[1]
+
+
+def outputs(name):
+    cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    return [cell.outputs for cell in cells if cell.cell_type == "code"]
+
+
+def test_adopt_takes_outputs_of_notebooks_that_ran_as_they_are(pages):
+    pages(**{"50_finetune": "50", "51_a": "51", "52_b": "1 + 2", "53_c": "53"})
+    execute("50_finetune", "50_finetune-faces-aesthetic-s0")
+    execute("51_a")
+    execute("52_b")
+    file = paths.NOTEBOOKS / "52_b.ipynb"
+    file.write_text(file.read_text().replace("1 + 2", "1 + 3"))
 
     before = (paths.NOTEBOOKS / "51_a.ipynb").stat().st_mtime_ns
-    lines = batch.adopt("toy").splitlines()
-    left = ["left alone" in line for line in lines]
-    assert left == [False, False, True, True, True] and "failed" in lines[-1]
+    left = ["left alone" in line for line in batch.adopt("toy").splitlines()]
+    assert left == [False, False, True, True]
     assert (paths.NOTEBOOKS / "51_a.ipynb").stat().st_mtime_ns == before  # Snakemake looks at it
-    for name, text in (("50_finetune", "fifty"), ("51_a", "fifty-one")):
-        given, last = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-        assert (given.execution_count, last.execution_count) == (1, 2)
-        assert last.outputs[0].data["text/plain"] == text
-        assert last.outputs[0].execution_count == 2
-    for name in ("52_b", "53_c", "54_d"):
+    for name, text in (("50_finetune", "50"), ("51_a", "51")):
         cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-        assert not cells[1].outputs
+        assert [cell.get("execution_count") for cell in cells] == [1, None, 2, 3]
+        assert cells[2].outputs[0].data["text/plain"] == text
+        assert cells[2].outputs[0].execution_count == 2
+    assert outputs("52_b") == outputs("53_c") == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "1 / 0",
+        "import os; os.kill(os.getpid(), 9)",
+        # With an answer on its way, a cell that never ended looks as if it had.
+        "import os, time; print('half', flush=True); time.sleep(1); os.kill(os.getpid(), 9)",
+    ],
+)
+def test_adopt_leaves_a_notebook_that_did_not_run_to_its_end(pages, code):
+    pages(**{"50_finetune": "50", "51_a": code})
+    execute("51_a")
+    before = (paths.NOTEBOOKS / "51_a.ipynb").read_bytes()
+    lines = batch.adopt("toy").splitlines()
+    assert lines[1].strip() == "51_a: did not run to its end, left alone"
+    assert (paths.NOTEBOOKS / "51_a.ipynb").read_bytes() == before
+
+
+def test_adopt_leaves_what_papermill_had_not_finished(pages):
+    """As a killed papermill leaves it, and as another tool or a hand would."""
+    pages(**{"50_finetune": "50", "51_a": "51"})
+    copy = execute("51_a")
+    whole = copy.read_text()
+
+    def adopted(change):
+        notebook = nbformat.reads(whole, as_version=4)
+        change(notebook)
+        nbformat.write(notebook, copy)
+        return "left alone" not in batch.adopt("toy").splitlines()[1]
+
+    def set_status(notebook, status):
+        notebook.cells[-1].metadata.papermill.status = status
+
+    assert not adopted(lambda n: set_status(n, "running"))
+    assert not adopted(lambda n: set_status(n, "pending"))
+    assert not adopted(lambda n: n.cells[-1].update(execution_count=2))
+    assert not adopted(lambda n: n.cells[-1].metadata.pop("execution"))
+    assert not adopted(lambda n: n.metadata.papermill.update(exception=True))
+    assert not adopted(lambda n: n.metadata.pop("papermill"))
+    assert not adopted(lambda n: n.cells[-1].metadata.pop("papermill"))
+    assert outputs("51_a") == [[], [], []]
+    assert adopted(lambda n: None)

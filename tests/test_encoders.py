@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import ViTForImageClassification, ViTImageProcessor
 
-from ddpo_lib import encoders, paths
+from ddpo_lib import encoders, rewards
+from ddpo_lib.identity import fingerprint
 from ddpo_lib.toy.drawing import to_tensor
 from ddpo_lib.toy.training import draw
+
+TOY = Path(__file__).resolve().parents[1] / "data" / "toy"
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +29,13 @@ def pictures() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def clip() -> encoders.Clip:
-    return encoders.load_clip(paths.TOY / "clip")
+    return encoders.load_clip(TOY / "clip")
 
 
 @pytest.fixture
 def copy(tmp_path):
     """copy("clip"): a toy model's folder that a test may damage."""
-    return lambda name: shutil.copytree(paths.TOY / name, tmp_path / name)
+    return lambda name: shutil.copytree(TOY / name, tmp_path / name)
 
 
 def truncate(file) -> None:
@@ -86,7 +90,7 @@ def test_gradient_through_rounded_resize_is_that_of_a_smooth_one():
 
 def test_image_embeddings_are_those_of_open_clips_own_pipeline(clip, pictures):
     """Its transform resizes 8-bit pictures with PIL, ours tensors; the difference is rounding."""
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{paths.TOY / 'clip'}")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{TOY / 'clip'}")
     batch = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures])
     with torch.no_grad():
         expected = model.eval().encode_image(batch, normalize=True)
@@ -96,7 +100,7 @@ def test_image_embeddings_are_those_of_open_clips_own_pipeline(clip, pictures):
 
 
 def test_text_embeddings_are_those_of_open_clip(clip):
-    folder = f"local-dir:{paths.TOY / 'clip'}"
+    folder = f"local-dir:{TOY / 'clip'}"
     model, _, _ = open_clip.create_model_and_transforms(folder)
     texts = ["an old person", "a church at night"]
     with torch.no_grad():
@@ -113,8 +117,8 @@ def test_image_embeddings_do_not_depend_on_the_batch_and_are_differentiable(clip
     assert not any(p.requires_grad for p in clip.model.parameters())
 
 
-def test_picture_that_is_not_square_is_an_error(clip):
-    with pytest.raises(ValueError, match=r"square RGB pictures \(N, 3, S, S\), got \(1, 3, 8, 9\)"):
+def test_image_that_is_not_square_is_an_error(clip):
+    with pytest.raises(ValueError, match=r"square RGB images \(N, 3, S, S\), got \(1, 3, 8, 9\)"):
         encoders.embed_images(clip, torch.zeros(1, 3, 8, 9))
 
 
@@ -188,11 +192,11 @@ def test_head_of_another_model_or_truncated_is_an_error(tmp_path, copy):
 
 
 def test_age_logits_are_those_of_transformers_own_pipeline(pictures):
-    processor = ViTImageProcessor.from_pretrained(paths.TOY / "age")
-    model = ViTForImageClassification.from_pretrained(paths.TOY / "age").eval()
+    processor = ViTImageProcessor.from_pretrained(TOY / "age")
+    model = ViTForImageClassification.from_pretrained(TOY / "age").eval()
     with torch.no_grad():
         expected = model(**processor(list(pictures), return_tensors="pt")).logits
-    classifier = encoders.load_age_classifier(paths.TOY / "age")
+    classifier = encoders.load_age_classifier(TOY / "age")
     ours = encoders.age_logits(classifier, to_tensor(pictures), batch_size=3)
     assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
@@ -278,3 +282,37 @@ def test_head_loads_from_a_file_of_safetensors(tmp_path):
 def test_missing_published_head_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.pth is missing"):
         encoders.load_aesthetic_head(tmp_path / "nothing.pth")
+
+
+# ------------------------------------------------------------------------------- fingerprints
+
+
+def test_fingerprint_is_that_of_what_looks_and_not_of_where_it_lies(copy, clip):
+    head = encoders.load_aesthetic_head(TOY / "aesthetic")
+    ours = rewards.aesthetic(clip, head)
+    models = {name: str(copy(name)) for name in ("clip", "aesthetic", "age")}
+    assert fingerprint(rewards.load("aesthetic", models)) == fingerprint(ours)
+    assert fingerprint(rewards.load("aesthetic", models, "cpu")) == fingerprint(ours)
+    classifier = encoders.load_age_classifier(TOY / "age")
+    over50 = fingerprint(rewards.over50(classifier))
+    assert fingerprint(rewards.load("over50", models)) == over50
+    classifier.model.classifier.bias.data[8] += 1e-3
+    assert fingerprint(rewards.over50(classifier)) != over50
+    clip.model.logit_scale.data += 1e-3
+    changed = fingerprint(ours)
+    clip.model.logit_scale.data -= 1e-3
+    assert changed != fingerprint(rewards.load("aesthetic", models))
+
+
+# ------------------------------------------------------------------------------- learned rewards
+
+
+def test_learned_rewards_of_the_toy_models_agree_with_their_parts(clip, pictures):
+    images = to_tensor(pictures)
+    models = {name: str(TOY / name) for name in ("clip", "aesthetic", "age")}
+    head = encoders.load_aesthetic_head(models["aesthetic"])
+    score = rewards.checked(rewards.load("aesthetic", models))
+    assert_close(score(images), head(encoders.embed_images(clip, images)))
+    logits = encoders.age_logits(encoders.load_age_classifier(models["age"]), images)
+    assert_close(rewards.checked(rewards.load("over50", models))(images), logits[:, 6:].sum(1))
+    assert_close(rewards.checked(rewards.load("under30", models))(images), logits[:, :4].sum(1))

@@ -1,23 +1,110 @@
-"""The evaluation set, its cache, and the arithmetic of Table 5.1."""
+"""Fixed-noise sets, their scores, and the arithmetic of effect sizes and intervals."""
 
-import dataclasses
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ddpo_lib import encoders, evaluation, notebook, paths, rewards, runs, sampler
-from ddpo_lib import policy as policies
-from ddpo_lib.config import Evaluation, Models, Profile
+from ddpo_lib import evaluation, rewards, sampler
 
-SMALL = Evaluation(n=5, n_steps=4, seed=7)
+
+def brightness(images):
+    return images.mean((1, 2, 3))
+
+
+# ------------------------------------------------------------------------------- draw
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_pictures_come_from_the_noise_of_the_seed_alone(policy, eta):
+    seeds = sampler.seeds(7, 5)
+    x_0 = sampler.sample(policy, sampler.noise(policy, seeds), 4, eta, seeds)
+    torch.manual_seed(1)
+    pictures = evaluation.draw(policy, 5, 4, seed=7, eta=eta)
+    assert pictures.dtype == np.uint8 and pictures.shape == (5, 8, 8, 3)
+    np.testing.assert_array_equal(pictures, rewards.to_uint8(x_0).numpy())
+    torch.manual_seed(2)
+    np.testing.assert_array_equal(evaluation.draw(policy, 5, 4, seed=7, eta=eta), pictures)
+    assert (evaluation.draw(policy, 5, 4, seed=8, eta=eta) != pictures).any((1, 2, 3)).all()
+
+
+def test_draws_without_further_chance_unless_told(policy):
+    pictures = evaluation.draw(policy, 3, 4, seed=7)
+    np.testing.assert_array_equal(pictures, evaluation.draw(policy, 3, 4, seed=7, eta=0.0))
+    assert (evaluation.draw(policy, 3, 4, seed=7, eta=1.0) != pictures).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_first_pictures_are_the_same_for_every_number(policy, eta):
+    many = evaluation.draw(policy, 7, 4, seed=7, eta=eta).astype(int)
+    for n, batch_size in ((1, 100), (4, 3), (7, 2)):
+        few = evaluation.draw(policy, n, 4, seed=7, eta=eta, batch_size=batch_size)
+        assert abs(few - many[:n]).max() <= 1  # a network may round differently in another batch
+
+
+def test_diverged_policy_draws_nothing(policy):
+    policy.unet.conv_out.bias.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluation.draw(policy, 2, 4, seed=7)
+
+
+def test_impossible_eta_is_an_error(policy):
+    with pytest.raises(ValueError, match="eta=2: must lie between"):
+        evaluation.draw(policy, 2, 4, seed=7, eta=2)
+
+
+# ------------------------------------------------------------------------------- score
 
 
 @pytest.fixture
-def profile(new_run):
-    return Profile("test", {"tiny": new_run().source}, new_run().models, SMALL, {}, {})
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+
+
+def test_score_is_that_of_the_pictures_a_viewer_sees(pictures):
+    sizes = []
+
+    def reward(batch):
+        sizes.append(len(batch))
+        return brightness(batch)
+
+    scores = evaluation.score(pictures, reward, batch_size=3)
+    assert scores.dtype == np.float64
+    assert sizes == [3, 3, 1]
+    np.testing.assert_allclose(scores, pictures.mean((1, 2, 3)) / 127.5 - 1, atol=1e-6)
+
+
+def test_score_of_drawn_pictures_is_near_that_of_the_samples(policy):
+    seeds = sampler.seeds(7, 5)
+    x_0 = sampler.sample(policy, sampler.noise(policy, seeds), 4)
+    scores = evaluation.score(evaluation.draw(policy, 5, 4, seed=7), brightness)
+    np.testing.assert_allclose(scores, brightness(x_0), atol=1 / 255)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_reward_that_is_not_finite_is_refused(pictures, value):
+    def broken(images):
+        values = brightness(images)
+        if len(images) == 1:  # the last batch
+            values[0] = value
+        return values
+
+    with pytest.raises((ValueError, FloatingPointError), match="broken.*finite"):
+        evaluation.score(pictures, broken, batch_size=3)
+
+
+def test_reward_of_another_shape_is_refused(pictures):
+    with pytest.raises(ValueError, match=r"returned .* for 3 images"):
+        evaluation.score(pictures, lambda images: images.mean(), batch_size=3)
+
+
+def test_pictures_must_be_uint8(pictures):
+    with pytest.raises(ValueError, match="uint8"):
+        evaluation.score(pictures / 255, brightness)
+
+
+# ------------------------------------------------------------------------------- statistics
 
 
 def test_standard_error():
@@ -26,164 +113,106 @@ def test_standard_error():
     )
 
 
-def test_pictures_come_from_the_fixed_noise_without_further_chance(policy, tmp_path):
-    policies.save(policy, tmp_path / "p")
-    ours = evaluation.pictures(tmp_path / "p", SMALL, tmp_path / "cache.npz", bf16=False)
-    x_0 = sampler.sample(policy, sampler.noise(policy, 5, seed=7), 4)
-    assert ours.dtype == np.uint8
-    np.testing.assert_array_equal(ours, rewards.to_uint8(x_0).numpy())
+def pairs(n=400, rise=0.5, seed=0):
+    """Scores before and after, of the same noise: both share most of what varies."""
+    own, *noise = np.random.default_rng(seed).normal(size=(3, n))
+    return 2 * own + 0.2 * noise[0], 2 * (own + rise) + 0.2 * noise[1]
 
 
-def test_pictures_are_drawn_once(policy, tmp_path, monkeypatch):
-    policies.save(policy, tmp_path / "p")
-    cache = tmp_path / "new/folder/cache.npz"
-    first = evaluation.pictures(tmp_path / "p", SMALL, cache)
-    monkeypatch.setattr(evaluation.policy, "load", None)
-    np.testing.assert_array_equal(evaluation.pictures(tmp_path / "p", SMALL, cache), first)
-    assert [file.name for file in cache.parent.iterdir()] == ["cache.npz"]
+def test_bootstrap_of_a_mean_is_the_classical_interval():
+    before, _ = pairs()
+    value, low, high = evaluation.bootstrap(np.mean, before, seed=0, n_bootstrap=4000)
+    width = 1.96 * evaluation.standard_error(before)
+    assert value == pytest.approx(before.mean())
+    assert low == pytest.approx(value - width, abs=0.1 * width)
+    assert high == pytest.approx(value + width, abs=0.1 * width)
 
 
-@pytest.mark.parametrize("change", ["weights", "n", "n_steps", "seed", "bf16"])
-def test_cache_is_made_again_when_something_changes(new_policy, tmp_path, change):
-    source, cache = tmp_path / "p", tmp_path / "cache.npz"
-    policies.save(new_policy(seed=0), source)
-    first = evaluation.pictures(source, SMALL, cache, bf16=False)
-    settings, bf16 = SMALL, False
-    if change == "weights":
-        policies.save(new_policy(seed=1), source)
-    elif change == "bf16":
-        bf16 = True
-    else:
-        settings = dataclasses.replace(SMALL, **{change: 3})
-    second = evaluation.pictures(source, settings, cache, bf16)
-    assert not np.array_equal(first, second)
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    inside = 0
+    for seed in range(300):
+        sample = np.random.default_rng(seed).normal(3, 1, 60)
+        _, low, high = evaluation.bootstrap(np.mean, sample, seed=seed, n_bootstrap=200)
+        inside += low <= 3 <= high
+    assert 0.90 <= inside / 300 <= 0.98
 
 
-def test_score_is_that_of_the_pictures_a_viewer_sees():
-    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
-    sizes = []
+def test_resamples_take_the_same_rows_of_all_samples():
+    before, after = pairs()
 
-    def brightness(batch):
-        sizes.append(len(batch))
-        return batch.mean((1, 2, 3))
+    def rise(a, b):
+        return (b - a).mean()
 
-    scores = evaluation.score(images, brightness, batch_size=3)
-    assert scores.dtype == np.float64
-    assert sizes == [3, 3, 1]
-    np.testing.assert_allclose(scores, images.mean((1, 2, 3)) / 127.5 - 1, atol=1e-6)
+    _, low, high = evaluation.bootstrap(rise, before, after, seed=0)
+    assert high - low == pytest.approx(4 * evaluation.standard_error(after - before), rel=0.1)
+    apart = np.sqrt(sum(evaluation.standard_error(each) ** 2 for each in (before, after)))
+    assert high - low < 0.3 * 4 * apart
 
 
-@pytest.fixture
-def smoothed(monkeypatch):
-    """Before: noisy pictures; after: smoother ones, with smaller files."""
-    noise = np.random.default_rng(0).normal(0, 1, (20, 16, 16, 3))
-    strength = np.linspace(20, 60, 20).reshape(-1, 1, 1, 1)
-    before = (128 + strength * noise).clip(0, 255).astype(np.uint8)
-    after = (128 + strength / 4 * noise).clip(0, 255).astype(np.uint8)
-    base = {False: before}  # the runs of these tests are in float32
-    monkeypatch.setattr(evaluation, "pretrained_pictures", lambda profile, name, bf16: base[bf16])
-    monkeypatch.setattr(evaluation, "finetuned_pictures", lambda profile, run: after)
-    kilobytes = [evaluation.score(images, rewards.jpeg_kilobytes) for images in (before, after)]
-    return kilobytes
+def test_bootstrap_takes_rows_of_any_shape(pictures):
+    def levels(images):
+        assert images.shape == pictures.shape
+        return images.mean()
+
+    value, low, high = evaluation.bootstrap(levels, pictures, seed=0)
+    assert low < value == pictures.mean() < high
+    assert all(type(each) is float for each in (value, low, high))
 
 
-def test_table_5_1(profile, new_run, smoothed):
-    before, after = smoothed
-    tasks = ["jpeg_compressibility", "jpeg_incompressibility"]
-    table = evaluation.table_5_1(
-        profile, [dataclasses.replace(new_run(), task=task[5:], reward=task) for task in tasks]
-    )
-
-    assert table.columns.tolist() == [
-        "policy", "task", "n", "baseline_mean", "baseline_sd", "baseline_se",
-        "ddpo_mean", "ddpo_se", "effect_size",
-    ]  # fmt: skip
-    assert table.policy.tolist() == ["tiny", "tiny"]
-    assert table.task.tolist() == ["compressibility", "incompressibility"]
-    effect = (before.mean() - after.mean()) / before.std(ddof=1)
-    assert effect > 1
-    # The same pictures have reached one goal and moved away from the other.
-    np.testing.assert_allclose(table.effect_size, [effect, -effect])
-    for _, row in table.iterrows():
-        assert row.n == 20
-        assert row.baseline_mean == pytest.approx(before.mean())  # kB, positive in both rows
-        assert row.ddpo_mean == pytest.approx(after.mean())
-        assert row.baseline_sd == pytest.approx(before.std(ddof=1))
-        assert row.baseline_se == pytest.approx(before.std(ddof=1) / math.sqrt(20))
-        assert row.ddpo_se == pytest.approx(after.std(ddof=1) / math.sqrt(20))
+def test_bootstrap_is_a_function_of_its_seed():
+    before, _ = pairs(20)
+    results = [evaluation.bootstrap(np.mean, before, seed=seed) for seed in (0, 0, 1)]
+    assert results[0] == results[1] != results[2]
 
 
-def test_finish_scores_the_best_checkpoint(profile, new_run, new_policy):
-    run = new_run()
-    home = runs.open_folder(run)
-    best = new_policy(seed=5)
-    policies.save(best, home / "best")
-
-    result = evaluation.finish(profile, run)
-
-    x_0 = sampler.sample(best, sampler.noise(best, 5, seed=7), 4)
-    expected = rewards.from_uint8(rewards.to_uint8(x_0)).mean((1, 2, 3)).double()
-    assert json.loads((home / "evaluation.json").read_text()) == result
-    assert result["n"] == 5
-    assert result["reward_mean"] == pytest.approx(expected.mean().item(), abs=1e-6)
-    assert result["reward_sd"] == pytest.approx(expected.std().item(), rel=1e-3)
-    assert result["reward_se"] == pytest.approx(expected.std().item() / math.sqrt(5), rel=1e-3)
+def test_statistic_may_be_undefined_of_a_resample():
+    assert all(map(math.isnan, evaluation.bootstrap(lambda own: math.nan, *pairs(9)[:1], seed=0)))
 
 
-def test_published_policy_stands_in_for_a_run_that_was_never_begun(
-    profile, new_run, new_policy, monkeypatch
-):
-    run = new_run()
-    published = run.source + "-published"
-    policies.save(new_policy(seed=5, widths=(8,)), published)
-    both = dataclasses.replace(profile, finetuned={"tiny": {"brighter": published}})
-    expected = evaluation.pictures(published, SMALL, paths.RUNS / "x.npz", bf16=False)
-    started = []
-    monkeypatch.setattr(notebook.finetune, "finetune", started.append)
-
-    notebook.finetuned_or_published(both, [run])
-    assert not started
-    assert (evaluation.finetuned_pictures(both, run) == expected).all()
-    notebook.finetuned_or_published(profile, [run])
-    assert started == [run]
-
-    policies.save(policies.load(run.source), runs.open_folder(run) / "best")
-    notebook.finetuned_or_published(both, [run])
-    assert started == [run, run]
-    assert not (evaluation.finetuned_pictures(both, run) == expected).all()
+def test_effect_size():
+    before, after = pairs()
+    value, low, high = evaluation.effect_size(before, after, seed=0)
+    assert value == pytest.approx((after.mean() - before.mean()) / before.std(ddof=1))
+    assert value == pytest.approx(0.5, abs=0.05)
+    assert low < 0.5 < high < low + 0.2
+    assert evaluation.change(before, before) == 0
+    assert evaluation.change(before, 3 * after) > value
+    scaled = evaluation.effect_size(10 * before + 3, 10 * after + 3, seed=0)
+    assert scaled == pytest.approx((value, low, high))
 
 
-def test_published_weights_of_the_thesis_code_find_their_base(profile, new_run, new_policy):
-    run = new_run()
-    file = run.source + ".pth"
-    learner = new_policy(seed=5, widths=(8,))
-    torch.save({"model_state_dict": learner.unet.state_dict()}, file)
-    published = dataclasses.replace(profile, finetuned={"tiny": {"brighter": file}})
-    folder = run.source + "-as-folder"
-    policies.save(learner, folder)
-    expected = evaluation.pictures(folder, SMALL, paths.RUNS / "x.npz", bf16=False)
-    assert (evaluation.finetuned_pictures(published, run) == expected).all()
+def test_effect_size_counts_in_deviations_before():
+    before, after = np.array([0.0, 2.0, 4.0, 6.0]), np.array([5.0, 5.1, 5.2, 5.3])
+    expected = (5.15 - 3) / math.sqrt(20 / 3)
+    assert evaluation.change(before, after) == pytest.approx(expected)
 
 
-def test_evaluation_set_of_a_run_and_of_its_origin_start_from_the_same_noise(profile, new_run):
-    run = new_run()
-    home = runs.open_folder(run)
-    policies.save(policies.load(run.source), home / "best")
-    before = evaluation.pretrained_pictures(profile, "tiny")
-    after = evaluation.finetuned_pictures(profile, run)
-    # One in bf16, one (the run's setting) in float32: the same pictures but for rounding.
-    assert np.abs(before.astype(int) - after).mean() < 3
-    assert (paths.RUNS / "test/tiny-pretrained/evaluation.npz").exists()
-    assert (home / "evaluation.npz").exists()
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_values_that_are_not_finite_are_refused(value, which):
+    both = pairs(20)
+    both[which][3] = value
+    with pytest.raises(ValueError, match=rf"\[{which}\] hold values that are not finite"):
+        evaluation.effect_size(*both, seed=0)
+    with pytest.raises(ValueError, match=r"\[0\] hold values that are not finite"):
+        evaluation.bootstrap(np.median, both[which], seed=0)
 
 
-def test_share_over_50(monkeypatch):
-    """By the most likely class: classes 6, 7 and 8 are 50 or more."""
-    ages = [0, 5, 6, 7, 8, 3, 5, 2]
-    logits = torch.nn.functional.one_hot(torch.tensor(ages), 9).float()
-    monkeypatch.setattr(encoders, "load_age_classifier", lambda source, device=None: "classifier")
-    monkeypatch.setattr(encoders, "age_logits", lambda classifier, images: logits)
-    images = np.zeros((8, 4, 4, 3), np.uint8)
-    share, error = evaluation.share_over_50(images, Models("no/clip", "no/aesthetic", "no/age"))
-    assert share == 3 / 8
-    assert error == pytest.approx(math.sqrt(3 / 8 * 5 / 8 * 8 / 7) / math.sqrt(8))
+def test_values_that_are_all_nan_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        evaluation.effect_size(np.full(5, math.nan), np.arange(5.0), seed=0)
+
+
+def test_effect_size_needs_a_spread():
+    with pytest.raises(ValueError, match="all 5 values before are 0.1: there is no standard dev"):
+        evaluation.effect_size(np.full(5, 0.1), np.arange(5.0), seed=0)
+
+
+@pytest.mark.parametrize("lengths", [(5, 4), (1, 1), (0, 0), (2, 3)])
+def test_samples_that_do_not_belong_together_are_refused(lengths):
+    samples = [np.arange(float(n)) for n in lengths]
+    with pytest.raises(ValueError, match="all need the same number of them, at least 2"):
+        evaluation.bootstrap(lambda a, b: 0.0, *samples, seed=0)
+    with pytest.raises(ValueError):
+        evaluation.effect_size(*samples, seed=0)

@@ -3,6 +3,9 @@
 import hashlib
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,8 +17,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ddpo_lib import figures, notebook, paths
-from ddpo_lib.notebook import Page
+from ddpo_lib.book import figures, notebook, paths
+from ddpo_lib.book.figures import Page
 
 PAGE = Page("51_learning_curves", "toy", {"profile": "toy", "seed": 3})
 
@@ -25,8 +28,7 @@ def folder(tmp_path, monkeypatch):
     """Figures of a test go to a folder of their own."""
     folder = tmp_path / "figures"
     monkeypatch.setattr(paths, "FIGURES", folder)
-    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(figures, "MANIFEST", folder / "manifest.json")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "data" / "runs")
     yield folder
     plt.close("all")
 
@@ -39,7 +41,7 @@ def drawing(height=1.0):
 
 
 def manifest():
-    return json.loads(figures.MANIFEST.read_text())
+    return json.loads((paths.FIGURES / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -51,16 +53,25 @@ def manifest():
         ("fig_b_1_more_samples", "B.1"),
         ("table_5_1", "table 5.1"),
         ("table_a_2", "table A.2"),
+        ("extra_54_factor_shifts", "extra 54"),
     ],
 )
 def test_identifier(name, expected):
     assert figures.identifier(name) == expected
 
 
-@pytest.mark.parametrize("name", ["learning_curves", "fig_5", "Fig_5_3", "fig_5_3-x", "plot_5_3"])
-def test_other_names_are_an_error(folder, name):
-    with pytest.raises(ValueError, match=r"no artefact's name: use fig_<chapter>_<number>_<slug>"):
-        figures.identifier(name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "learning_curves", "fig_5", "Fig_5_3", "fig_5_3-x", "plot_5_3", "extra_5_x", "extra_54",
+        "../../x", "fig_5_3/../../x", "fig_5_3_x\n", "fig_٥_3",
+    ],
+)  # fmt: skip
+def test_other_names_are_an_error_and_nothing_is_written(folder, name):
+    for save, thing in ((figures.save, drawing()), (figures.save_table, pd.DataFrame())):
+        with pytest.raises(ValueError, match=r"no artefact's name: use fig_<chapter>_<number>_<sl"):
+            save(thing, name, PAGE)
+    assert not list(folder.parent.iterdir())
 
 
 def test_save_writes_png_pdf_and_an_entry(folder):
@@ -97,6 +108,92 @@ def test_same_figure_is_the_same_file_and_a_changed_one_replaces_its_entry(folde
     (changed,) = manifest()
     for file, digest in first["sha256"].items():
         assert changed["sha256"][file] != digest
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf"])
+def test_failure_while_saving_leaves_the_figure_as_it_was(folder, monkeypatch, kind):
+    """Half a PNG in the place of the good one, under the old hash, is worse than none."""
+    figures.save(drawing(), "fig_5_3_learning_curves", PAGE)
+    before = {file: file.read_bytes() for file in folder.rglob("*.*")}
+    fig = drawing(height=-1.0)
+    savefig = fig.savefig
+
+    def fail(file, **options):
+        savefig(file, **options)
+        if str(file).endswith(kind):
+            os.truncate(file, 100)
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(fig, "savefig", fail)
+    with pytest.raises(OSError, match="No space left"):
+        figures.save(fig, "fig_5_3_learning_curves", PAGE)
+    assert {file: file.read_bytes() for file in folder.rglob("*.*")} == before
+
+
+def test_failure_while_saving_leaves_the_table_as_it_was(folder, monkeypatch):
+    file = figures.save_table(pd.DataFrame({"a": [1]}), "table_5_1", PAGE)
+    table = pd.DataFrame({"a": [2]})
+
+    def fail(draft, **_):
+        draft.write_text("a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda _, draft, **options: fail(draft))
+    with pytest.raises(KeyboardInterrupt):
+        figures.save_table(table, "table_5_1", PAGE)
+    assert file.read_text() == "a\n1\n"
+    assert [each.name for each in file.parent.iterdir()] == ["table_5_1.csv"]
+
+
+@pytest.mark.parametrize("text", ["", "[{", "{}x", "3", "[1]", '[{"name": "fig_1_1"}]'])
+def test_damaged_manifest_is_named_and_kept(folder, text):
+    folder.mkdir()
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"figures/manifest.json is damaged .*from git"):
+        figures.save_table(pd.DataFrame(), "table_5_1", PAGE)
+    assert (folder / "manifest.json").read_text() == text
+
+
+def test_manifest_forgets_a_figure_whose_files_are_gone(folder):
+    for name in ("fig_5_3_a", "fig_5_4_b", "fig_5_5_c"):
+        figures.save(drawing(), name, PAGE)
+    (folder / "toy/fig_5_4_b.png").unlink()
+    figures.save(drawing(), "fig_5_5_c", PAGE)
+    assert [entry["name"] for entry in manifest()] == ["fig_5_3_a", "fig_5_5_c"]
+    assert figures.manifest() == manifest()
+
+
+def test_matplotlibrc_of_the_user_changes_nothing(tmp_path):
+    """Nor does an installed font that others lack."""
+    code = (
+        "import sys; from ddpo_lib.book import figures; figures.use_style()\n"
+        "import matplotlib.pyplot as plt; fig, ax = plt.subplots(); ax.plot([0, 1]); "
+        "ax.set_title('title'); fig.savefig(sys.argv[1], metadata={'Software': None})"
+    )
+    (tmp_path / "matplotlibrc").write_text(
+        "lines.marker: o\nfigure.facecolor: red\naxes.grid: True\nfont.family: serif\n"
+    )
+    (tmp_path / "empty").mkdir()
+    for name, folder in (("a", tmp_path), ("b", tmp_path / "empty")):
+        command = [sys.executable, "-c", code, tmp_path / f"{name}.png"]
+        subprocess.run(command, cwd=folder, env=os.environ | {"MATPLOTLIBRC": folder}, check=True)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    figures.use_style()
+    assert plt.rcParams["font.sans-serif"] == ["DejaVu Sans"]
+
+
+def test_page_needs_no_notebook_and_notebook_no_heavy_library():
+    """They take seconds, which most notebooks would pay for nothing."""
+    heavy = ("diffusers", "transformers", "open_clip", "accelerate", "huggingface_hub", "pandas",
+             "sklearn", "seaborn", "papermill", "nbformat")  # fmt: skip
+    for modules, absent in {
+        "figures": (*heavy, "ddpo_lib.book.notebook", "ddpo_lib.finetune", "ddpo_lib.encoders"),
+        "notebook, figures, profiles, results, batch, model_cards, diagrams": heavy,
+    }.items():
+        code = f"from ddpo_lib.book import {modules}; import sys; "
+        code += f"print([name for name in {absent} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_worlds_and_figures_keep_their_own_entries(folder):
@@ -164,18 +261,19 @@ def test_picture_grid():
     ]
 
 
-# ------------------------------------------------------------------------------- notebook.begin
+# ------------------------------------------------------------------------------- notebook
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """kernel(*cells): runs cells in a pretended IPython."""
+    """kernel(*cells): runs cells in a pretended IPython; gives its names."""
 
     def run(*cells):
         space = {"In": ["", *cells]}
         for cell in cells:
             exec(cell, space)
-        monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(user_ns=space))
+        monkeypatch.setattr(notebook, "get_ipython", lambda: SimpleNamespace(user_ns=space))
+        return space
 
     return run
 
@@ -187,15 +285,16 @@ def test_page_carries_the_parameters_of_this_run(kernel, capsys):
     kernel("import math", CELL, "# Parameters\nseed = 5\n", "derived = seed + 1")
     page = notebook.begin("51_learning_curves")
     parameters = {"profile": "toy", "seed": 5, "settings": {"eta": 0.5}}
-    assert page == Page("51_learning_curves", "toy", parameters)
+    assert page == Page("51_learning_curves", "toy", parameters, {"seed"})
     shown = capsys.readouterr().out
     assert f"torch {importlib.metadata.version('torch')}" in shown
     assert "device: " in shown
 
 
 def test_notebook_without_injected_parameters(kernel):
-    kernel(CELL)
-    assert notebook.begin("51_learning_curves").parameters["seed"] == 0
+    kernel(CELL + "b = seed / 3", CELL + "b = seed / 3")  # run twice by hand
+    page = notebook.begin("51_learning_curves")
+    assert page.parameters["seed"] == 0 and not page.given
 
 
 def test_misspelled_parameter_is_an_error(kernel):
@@ -204,8 +303,60 @@ def test_misspelled_parameter_is_an_error(kernel):
         notebook.begin("51_learning_curves")
 
 
-def test_assigned_names():
-    assert notebook.assigned_names("# Parameters\na = 1\nb = {'c': 2}\nprint(a)\n") == ["a", "b"]
+@pytest.mark.parametrize("name", ["tyo", "../config/toy"])
+def test_unknown_profile_is_an_error_at_the_start(kernel, name):
+    kernel(CELL, f"# Parameters\nprofile = '{name}'\n")
+    with pytest.raises(ValueError, match="unknown profile"):
+        notebook.begin("51_learning_curves")
+
+
+def test_without_history_the_parameters_are_the_files(kernel):
+    space = kernel("profile = 'toy'; policy = 'faces'; seed = 4")
+    page = notebook.begin("51_learning_curves")
+    assert page.parameters == {"profile": "toy", "policy": "faces", "seed": 4}
+    del space["policy"]
+    with pytest.raises(ValueError, match="run the parameters cell of notebook 51_learning_curves"):
+        notebook.begin("51_learning_curves")
+
+
+def test_profile_smoke_shortens_what_nobody_gave_and_the_record_is_what_runs(kernel, folder):
+    """`-p profile smoke -p n_walks 5000` runs 5000."""
+    cell = "# Parameters\nprofile = 'toy'\nn_walks = 9000\nn_runs = 99\n"
+    given = "# Parameters\nprofile = 'smoke'\nn_walks = 5000\n"
+    space = kernel(cell, given)
+    for _ in range(2):  # the cell may be run again
+        page = notebook.begin("51_learning_curves")
+        notebook.shorten(page, n_walks=20, n_runs=2)
+        assert (space["n_walks"], space["n_runs"]) == (5000, 2)
+        assert page.parameters == {"profile": "smoke", "n_walks": 5000, "n_runs": 2}
+    figures.save_table(pd.DataFrame(), "table_5_1", page)
+    assert manifest()[0]["parameters"] == page.parameters
+
+    space = kernel(cell)
+    page = notebook.begin("51_learning_curves")
+    notebook.shorten(page, n_walks=20, n_runs=2)
+    assert (space["n_walks"], page.parameters["n_walks"]) == (9000, 9000)
+
+
+def test_bars_leave_what_was_printed(capsys, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(notebook, "clear_output", lambda: cleared.append(True))
+    with notebook.bars():
+        print("said")
+    assert capsys.readouterr().out == "said\nsaid\n" and cleared
+
+
+def test_bars_of_loading_models_are_off(monkeypatch):
+    monkeypatch.setattr(notebook, "clear_output", lambda: None)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.enable_progress_bar()
+    with notebook.bars():
+        pass
+    for library in (diffusers, transformers):
+        assert not library.utils.logging.is_progress_bar_enabled()
 
 
 # ----------------------------------------------------------------------------------------- tiles

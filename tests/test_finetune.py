@@ -1,16 +1,22 @@
 """The loop on a tiny policy: it learns, resumes to the bit, and loses nothing when things break."""
 
+import dataclasses
+import itertools
 import json
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from ddpo_lib import config, finetune, paths, ppo, rewards, runs, sampler
+from ddpo_lib import checkpoints, rewards, runs, sampler
+from ddpo_lib import finetune as loop
 from ddpo_lib import policy as policies
+from ddpo_lib.objectives import ddpo
 from ddpo_lib.policy import Policy
 
 N_CALLS = 7
@@ -21,20 +27,22 @@ def weights(folder):
     return load_file(folder / "unet/diffusion_pytorch_model.safetensors")
 
 
+def without_seconds(row):
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
 def everything(home):
     """All that a run leaves, without its durations."""
-    timeless = pd.read_csv(home / "iterations.csv").drop(columns="seconds")
     return {
         "last": weights(home / "last"),
         "best": weights(home / "best"),
         "moments": load_file(home / "last/optimizer.safetensors"),
-        "state": json.loads((home / "last/state.json").read_text()),
-        "metrics": (home / "metrics.csv").read_text(),
-        "rewards": (home / "rewards.csv").read_text(),
-        "iterations": timeless.to_csv(index=False),
+        "done": runs.iterations_done(home),
+        "kept": runs.best(home),
+        "metrics": [without_seconds(row) for row in runs.metrics(home)],
         "development": {
             file.name: {key: value.tobytes() for key, value in np.load(file).items()}
-            for file in sorted((home / "development").glob("*.npz"))
+            for file in sorted((home / "development").iterdir())
         },
     }
 
@@ -47,336 +55,533 @@ def assert_same(home, expected):
             assert all(found[name][key].equal(value[key]) for key in value), name
         else:
             assert found[name] == value, name
+    assert not [p for p in home.rglob("*") if p.name.endswith((".tmp", ".previous"))]
 
 
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """elsewhere(run): finetunes it without a break, in a folder of its own."""
-
-    def unbroken(run):
-        with monkeypatch.context() as patch:
-            patch.setattr(paths, "RUNS", tmp_path / "unbroken")
-            return finetune.finetune(run)
-
-    return unbroken
-
-
-def test_reward_rises(new_run, new_policy):
+def test_reward_rises(finetune, new_policy):
     """By more than twice its spread. (The schedule is coarse: with the real one most of the
     gradient's noise comes from the last action, and a tiny run would not learn.)"""
-    run = new_run(
-        n_iterations=8, n_samples=40, minibatch_size=20, n_steps=5, micro_batch=80, clip_range=1e-2
+    coarse = DDPMScheduler(num_train_timesteps=5, beta_start=0.1, beta_end=0.5)
+    home = finetune(
+        policy=Policy(new_policy(widths=(8,)).unet, coarse), own=ddpo.Settings(clip_range=1e-2),
+        n_iterations=8, n_samples=40, minibatch_size=20, n_steps=5, micro_batch=80,
+    )  # fmt: skip
+    before, *curve = runs.metrics(home)
+    spread = 2 * curve[0]["reward_sd"]
+    assert curve[-1]["development_reward"] > before["development_reward"] + spread
+    assert curve[-1]["reward_mean"] > curve[0]["reward_mean"] + spread
+
+
+def test_what_a_run_leaves(finetune):
+    seen = []
+    home = finetune(n_inner_epochs=2, on_iteration=seen.append)
+
+    before, *rows = runs.metrics(home)
+    assert (home / "metrics.jsonl").read_text().count("\n") == 4
+    assert before.keys() == {"iteration", "development_reward", "development_sd"}
+    assert [row["iteration"] for row in (before, *rows)] == [0, 1, 2, 3]
+    updates = [update for row in rows for update in row["updates"]]
+    assert [update["update"] for update in updates] == list(range(12))  # 3 × 2 epochs × 2 batches
+    assert {update["learning_rate"] for update in updates} == {1e-3}
+    for first, *later in (row["updates"] for row in rows):
+        assert first["mean_ratio"] == pytest.approx(1, abs=1e-6)
+        assert first["clip_fraction"] == 0 and 0 <= first["kl"] < 1e-6
+        assert all(update["clip_fraction"] > 0 and update["kl"] > 0 for update in later)
+
+    for row in rows:
+        assert len(row["rewards"]) == 4
+        assert row["reward_mean"] == pytest.approx(np.mean(row["rewards"]), rel=1e-5)
+        assert row["reward_sd"] == pytest.approx(np.std(row["rewards"], ddof=1), rel=1e-4)
+        for name in ("kl", "loss", "clip_fraction", "grad_norm"):
+            assert row[name] == pytest.approx(np.mean([update[name] for update in row["updates"]]))
+    pictures, scores = runs.development(home)
+    assert pictures.shape == (4, 2, 8, 8, 3) and pictures.dtype == np.uint8
+    np.testing.assert_allclose(
+        scores.mean(1), [row["development_reward"] for row in (before, *rows)], rtol=1e-5
     )
-    coarse = DDPMScheduler(5, beta_start=0.1, beta_end=0.5)
-    policies.save(Policy(new_policy(widths=(8,)).unet, coarse), run.source)
-    home = finetune.finetune(run)
-    curve = pd.read_csv(home / "iterations.csv")
-    start = np.load(home / "development/000.npz")["rewards"].mean()
-    assert curve.development_reward.iloc[-1] > start + 2 * curve.reward_sd[0]
-    assert curve.reward_mean.iloc[-1] > curve.reward_mean[0] + 2 * curve.reward_sd[0]
+
+    # A flat dict of numbers, for a logger, an iteration.
+    assert [row["iteration"] for row in seen] == [1, 2, 3]
+    assert all(isinstance(value, int | float) for row in seen for value in row.values())
+    assert [{**row, "rewards": 0, "updates": 0} for row in seen] == [
+        {**row, "rewards": 0, "updates": 0} for row in rows
+    ]
 
 
-def test_what_a_run_leaves(new_run):
-    run = new_run(n_inner_epochs=2)
-    home = finetune.finetune(run)
-    assert home == paths.RUNS / "test/tiny-brighter-s0"
-
-    metrics = pd.read_csv(home / "metrics.csv")
-    assert metrics["update"].tolist() == list(range(12))  # 3 iterations, 2 epochs, 2 mini-batches
-    assert metrics.iteration.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert (metrics.learning_rate == 1e-3).all()
-    first_updates = metrics[metrics["update"] % 4 == 0]
-    np.testing.assert_allclose(first_updates.mean_ratio, 1, atol=1e-6)
-    assert (first_updates.clip_fraction == 0).all()
-    assert (metrics[metrics["update"] % 4 > 0].clip_fraction > 0).all()
-
-    scores = pd.read_csv(home / "rewards.csv")
-    assert scores["sample"].tolist() == list(range(4)) * 3
-    curve = pd.read_csv(home / "iterations.csv")
-    per_iteration = scores.groupby("iteration").reward
-    np.testing.assert_allclose(curve.reward_mean, per_iteration.mean(), rtol=1e-5)
-    np.testing.assert_allclose(curve.reward_sd, per_iteration.std(), rtol=1e-5)
-
-    for i in range(4):
-        development = np.load(home / f"development/{i:03d}.npz")
-        assert development["pictures"].shape == (2, 8, 8, 3)
-        assert development["pictures"].dtype == np.uint8
-        if i > 0:
-            mean = development["rewards"].mean()
-            assert curve.development_reward[i - 1] == pytest.approx(mean, rel=1e-5)
-    assert not list(home.rglob("*.tmp"))
-    assert not list(home.rglob("*.previous"))
+def test_policy_that_comes_in_stays_as_it_was(finetune, new_policy):
+    policy = new_policy(widths=(8,))
+    before = {name: value.clone() for name, value in policy.unet.state_dict().items()}
+    home = finetune(policy=policy)
+    assert all(value.equal(before[name]) for name, value in policy.unet.state_dict().items())
+    assert not weights(home / "last")["conv_in.weight"].equal(before["conv_in.weight"])
 
 
-def test_seed_alone_decides(new_run, elsewhere):
+def test_seed_alone_decides(finetune):
     torch.manual_seed(1)
-    home = finetune.finetune(new_run(seed=0))
-    expected = everything(home)
+    expected = everything(finetune("a"))
     torch.manual_seed(2)
     np.random.seed(2)
-    assert_same(elsewhere(new_run(seed=0)), expected)
-    other = everything(finetune.finetune(new_run(seed=1)))
-    assert other["rewards"] != expected["rewards"]
+    assert_same(finetune("b"), expected)
+    other = everything(finetune("c", seed=1))
+    assert other["metrics"][1]["rewards"] != expected["metrics"][1]["rewards"]
     assert other["development"] != expected["development"]
 
 
-def test_iterations_have_their_own_noise(new_run, monkeypatch):
-    """With a rate of zero only the noise tells one iteration from the next."""
-    home = finetune.finetune(new_run(learning_rate=0.0))
-    scores = pd.read_csv(home / "rewards.csv").reward.to_numpy().reshape(3, 4)
-    assert len(np.unique(scores)) == scores.size
-    assert len({*pd.read_csv(home / "iterations.csv").development_reward}) == 1
+def test_iterations_have_their_own_noise(finetune):
+    """At a rate of nearly zero only the noise tells one iteration from the next."""
+    before, *rows = runs.metrics(finetune(learning_rate=1e-30))
+    scores = [score for row in rows for score in row["rewards"]]
+    assert len(set(scores)) == 12
+    assert {row["development_reward"] for row in rows} == {before["development_reward"]}
+
+
+@pytest.mark.parametrize("size", [(8, 12), (12, 8)])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("reward", [rewards.jpeg_compressibility, rewards.jpeg_incompressibility])
+def test_one_channel_and_oblong_images_go_through_the_whole_loop(
+    finetune, new_policy, size, channels, reward
+):
+    policy = new_policy(channels=channels, widths=(8,), size=size)
+    home = finetune(policy=policy, reward=reward, n_iterations=2)
+    pictures, scores = runs.development(home)
+    assert pictures.shape == (3, 2, *size, channels) and np.isfinite(scores).all()
+    assert policies.load(home / "best").image_shape == (channels, *size)
+    pipeline = DDPMPipeline.from_pretrained(home / "best")
+    assert pipeline.unet.config.in_channels == channels
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_schedules_of_other_people_go_through_the_whole_loop(
+    finetune, new_policy, spacing, prediction
+):
+    policy = new_policy(
+        widths=(8,), timestep_spacing=spacing, prediction_type=prediction, steps_offset=1
+    )
+    home = finetune(policy=policy, n_iterations=1)
+    first = runs.metrics(home)[1]["updates"][0]
+    assert first["mean_ratio"] == pytest.approx(1, abs=1e-6)
+    saved = json.loads((home / "best/scheduler/scheduler_config.json").read_text())
+    assert saved["timestep_spacing"] == spacing and saved["prediction_type"] == prediction
+
+
+# ------------------------------------------------------------------------------- what reaches what
+
+
+def spy(monkeypatch, calls):
+    """Note what each optimizer step was given."""
+    step = loop.update
+
+    def noting(network, optimizer, rows, loss, **rest):
+        calls.append((optimizer.param_groups[0], rows, loss, rest))
+        return step(network, optimizer, rows, loss, **rest)
+
+    monkeypatch.setattr(loop, "update", noting)
 
 
 @pytest.mark.parametrize("scope", ["iteration", "minibatch"])
-def test_update_gets_advantages_of_its_own_samples(new_run, monkeypatch, scope):
-    run = new_run(n_iterations=1, advantage_scope=scope, n_samples=6, minibatch_size=3)
-    seen = []
-    update = finetune.ppo.update
+def test_update_gets_credit_of_its_own_samples(finetune, monkeypatch, scope):
+    given = []
+    loss = ddpo.loss
 
-    def spy(learner, optimizer, trajectory, advantage, *rest):
-        seen.append((trajectory.x_0.mean((1, 2, 3)), advantage))
-        return update(learner, optimizer, trajectory, advantage, *rest)
+    def noting(policy, experience, rows, credit, *rest):
+        i = rows[:, 0, 1].unique()
+        given.append((experience.trajectory.x_0[i].mean((1, 2, 3)), credit[i]))
+        return loss(policy, experience, rows, credit, *rest)
 
-    monkeypatch.setattr(finetune.ppo, "update", spy)
-    finetune.finetune(run)
-
-    rewards = torch.cat([reward for reward, _ in seen])
-    assert len(seen) == 2
-    assert len(rewards.unique()) == 6  # every sample once
-    for reward, advantage in seen:
-        group = rewards if scope == "iteration" else reward
+    monkeypatch.setattr(ddpo, "loss", noting)
+    finetune(
+        own=ddpo.Settings(advantage_scope=scope), n_iterations=1, n_samples=6, minibatch_size=3,
+        micro_batch=100,
+    )  # fmt: skip
+    scores = torch.cat([reward for reward, _ in given])
+    assert len(given) == 2
+    assert len(scores.unique()) == 6  # every sample once
+    for reward, credit in given:
+        group = scores if scope == "iteration" else reward
         expected = (reward - group.mean()) / group.std(correction=0)
-        torch.testing.assert_close(advantage, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(credit, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_settings_reach_the_rollout_the_optimizer_and_the_advantages(new_run, monkeypatch):
-    seen = []
-    update = finetune.ppo.update
-
-    def spy(learner, optimizer, trajectory, advantage, *rest):
-        seen.append((optimizer.param_groups[0], trajectory, advantage))
-        return update(learner, optimizer, trajectory, advantage, *rest)
-
-    monkeypatch.setattr(finetune.ppo, "update", spy)
-    changes = {"eta": 0.5, "log_prob_reduction": "sum", "weight_decay": 0.03, "n_steps": 4}
-    finetune.finetune(new_run(n_iterations=1, advantage_clip=0.5, **changes))
-
-    for group, trajectory, advantage in seen:
+def test_settings_reach_the_rollout_the_optimizer_and_the_objective(finetune, monkeypatch):
+    calls, trajectories = [], []
+    spy(monkeypatch, calls)
+    rollout = sampler.rollout
+    monkeypatch.setattr(
+        sampler, "rollout", lambda *a, **k: trajectories.append(rollout(*a, **k)) or trajectories[0]
+    )
+    finetune(
+        n_iterations=1, eta=0.5, log_prob_reduction="sum", weight_decay=0.03, n_steps=5,
+        max_grad_norm=0.7, micro_batch=3, own=ddpo.Settings(advantage_clip=0.5, clip_range=0.3),
+    )  # fmt: skip
+    (trajectory,) = trajectories
+    assert trajectory.eta == 0.5 and trajectory.reduction == "sum"
+    assert trajectory.timesteps.tolist() == [800, 600, 400, 200, 0]
+    for group, rows, _, rest in calls:
         assert group["weight_decay"] == 0.03
-        assert group["betas"] == (0.9, 0.999)
-        assert group["eps"] == 1e-8
-        assert trajectory.eta == 0.5
-        assert trajectory.reduction == "sum"
-        assert trajectory.timesteps.tolist() == [750, 500, 250, 0]
-        assert advantage.abs().max() == 0.5
+        assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
+        assert rest["max_grad_norm"] == 0.7 and rest["micro_batch"] == 3
+        assert rows.shape == (8, 1, 2) and rest["n_units"] == 8  # 4 stochastic steps × 2 samples
 
 
-def test_steps_are_drawn_anew_for_every_update(new_run, monkeypatch):
-    drawn = []
-    draw = ppo.draw_steps
-
-    def spy(*arguments):
-        drawn.append(draw(*arguments).tolist())
-        return torch.tensor(drawn[-1])
-
-    monkeypatch.setattr(ppo, "draw_steps", spy)
-    finetune.finetune(new_run(n_steps=9, timestep_fraction=0.5))
-    assert len(drawn) == 6
-    assert all(len(steps) == 4 for steps in drawn)
+def test_min_std_leaves_steps_out_and_fractions_are_drawn_anew(finetune, monkeypatch):
+    calls = []
+    spy(monkeypatch, calls)
+    finetune("a", n_iterations=1, n_steps=9, min_std=0.05)
+    assert {rows[:, 0, 0].max().item() for _, rows, _, _ in calls} == {7 - 1}
+    calls.clear()
+    finetune("b", n_iterations=3, n_steps=9, timestep_fraction=0.5)
+    drawn = [rows[:, 0, 0].unique().tolist() for _, rows, _, _ in calls]
+    assert len(drawn) == 6 and all(len(steps) == 4 for steps in drawn)
     assert len({tuple(steps) for steps in drawn}) > 3
 
 
-def test_gradient_checkpointing_reaches_the_network(new_run, monkeypatch):
-    seen = []
-    iterate = finetune.iterate
-
-    def spy(learner, *rest):
-        seen.append(learner.unet.is_gradient_checkpointing)
-        return iterate(learner, *rest)
-
-    monkeypatch.setattr(finetune, "iterate", spy)
-    finetune.finetune(new_run(seed=1, n_iterations=1))
-    finetune.finetune(new_run(seed=2, n_iterations=1, gradient_checkpointing=True))
-    assert seen == [False, True]
-
-
-def test_samples_come_in_another_order_every_epoch(new_run, monkeypatch):
-    orders = []
-    select = finetune.ppo.select
-    monkeypatch.setattr(
-        finetune.ppo, "select", lambda t, i: orders.append(i.tolist()) or select(t, i)
+def test_learning_rates_are_the_schedules(finetune):
+    home = finetune(
+        lr_schedule="warmup_cosine", learning_rate=1e-5, peak_learning_rate=9e-5, warmup=0.4
     )
-    finetune.finetune(new_run(n_inner_epochs=2, n_samples=12, minibatch_size=12))
-    assert all(sorted(order) == list(range(12)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 6
+    rates = [update["learning_rate"] for row in runs.metrics(home)[1:] for update in row["updates"]]
+    cosine = [1e-6 + 8.9e-5 * (1 + np.cos(np.pi * x)) / 2 for x in (0, 1 / 3, 2 / 3, 1)]
+    np.testing.assert_allclose(rates, [1e-5, 5e-5, *cosine], rtol=1e-6)
+
+
+def test_gradient_checkpointing_reaches_the_network(finetune, monkeypatch):
+    seen = []
+    iterate = loop.iterate
+    monkeypatch.setattr(
+        loop,
+        "iterate",
+        lambda t, i: seen.append(t.learner.unet.is_gradient_checkpointing) or iterate(t, i),
+    )
+    finetune("a", n_iterations=1)
+    finetune("b", n_iterations=1, gradient_checkpointing=True)
+    assert seen == [False, True]
 
 
 # ------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("schedule", ["constant", "warmup_cosine"])
-def test_run_killed_at_any_reward_resumes_to_the_bit(new_run, elsewhere, brightness, schedule):
+def test_run_killed_at_any_reward_resumes_to_the_bit(finetune, brightness, schedule):
     """Killed in every rollout and every development set of three iterations."""
-    expected = everything(elsewhere(new_run(lr_schedule=schedule)))
+    expected = everything(finetune("unbroken", lr_schedule=schedule))
     for call in range(N_CALLS):
-        run = new_run(lr_schedule=schedule)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(paths, "RUNS", paths.RUNS / f"killed-{call}")
-            brightness.calls, brightness.fail_at = 0, call
-            with pytest.raises(KeyboardInterrupt):
-                finetune.finetune(run)
-            torch.manual_seed(call)  # a new process has another global state
-            brightness.fail_at = None
-            assert_same(finetune.finetune(run), expected)
+        brightness.calls, brightness.fail_at = 0, call
+        with pytest.raises(KeyboardInterrupt):
+            finetune(f"killed-{call}", lr_schedule=schedule)
+        torch.manual_seed(call)  # a new process has another global state
+        brightness.fail_at = None
+        assert_same(finetune(f"killed-{call}", lr_schedule=schedule), expected)
 
 
-def test_bf16_run_resumes_to_the_bit(new_run, elsewhere, brightness):
-    run = new_run(bf16=True)
-    expected = everything(elsewhere(run))
+def test_bf16_run_resumes_to_the_bit(finetune, brightness):
+    expected = everything(finetune("unbroken", bf16=True))
     brightness.calls, brightness.fail_at = 0, 4
     with pytest.raises(KeyboardInterrupt):
-        finetune.finetune(run)
+        finetune(bf16=True)
     brightness.fail_at = None
-    assert_same(finetune.finetune(run), expected)
-    in_full = everything(elsewhere(config.replace(run, bf16=False)))
-    assert in_full["rewards"] != expected["rewards"]  # bf16 was on
+    assert_same(finetune(bf16=True), expected)
+    in_full = everything(finetune("full", bf16=False))
+    assert in_full["metrics"] != expected["metrics"]  # bf16 was on
 
 
-def test_run_killed_while_writing_resumes_to_the_bit(new_run, elsewhere):
-    """Before the nth file that a function of `runs` writes; rows come three files an iteration."""
-    run = new_run(seed=1)  # whose development reward rises, so that best/ is written twice
-    expected = everything(elsewhere(run))
-    assert expected["state"]["best_iteration"] > 0
-    for name, fatal in [
-        ("write_json", 1), ("write_json", 3), ("save_best", 1), ("save_best", 2),
-        ("append_rows", 2), ("append_rows", 6), ("save_checkpoint", 1), ("save_checkpoint", 2),
-    ]:  # fmt: skip
-        write, left = getattr(runs, name), [fatal]
+WRITES = [
+    (runs, "write_json", 1), (runs, "write_json", 2), (runs, "append_metrics", 1),
+    (runs, "append_metrics", 3), (runs, "save_development", 1), (runs, "save_development", 2),
+    (checkpoints, "save_best", 1), (checkpoints, "save_best", 2), (checkpoints, "save_last", 1),
+    (checkpoints, "save_last", 3),
+]  # fmt: skip
 
-        def crash(*args, write=write, left=left):
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            return write(*args)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(paths, "RUNS", paths.RUNS / f"{name}-{fatal}")
-            with pytest.MonkeyPatch.context() as crashing, pytest.raises(KeyboardInterrupt):
-                crashing.setattr(runs, name, crash)
-                finetune.finetune(run)
-            assert_same(finetune.finetune(run), expected)
+@pytest.mark.parametrize("module, name, fatal", WRITES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_run_killed_around_a_write_resumes_to_the_bit(finetune, module, name, fatal, when):
+    """Before or after the nth time that a function writes."""
+    expected = everything(finetune("unbroken", seed=1))
+    assert expected["kept"]["iteration"] > 0  # so best/ is written more than once
+    write, counter = getattr(module, name), itertools.count(1)
+
+    def crash(*args):
+        fatal_now = next(counter) == fatal
+        if fatal_now and when == "before":
+            raise KeyboardInterrupt
+        result = write(*args)
+        if fatal_now:
+            raise KeyboardInterrupt
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, crash)
+        finetune(seed=1)
+    assert_same(finetune(seed=1), expected)
+
+
+def test_best_and_its_record_agree_after_every_kill(finetune, tmp_path):
+    """A policy kept before the checkpoint of its iteration is said to be that iteration's."""
+    expected = everything(finetune("unbroken", seed=1))
+    save, counter = checkpoints.save_last, itertools.count(1)
+
+    def crash(*args):
+        if next(counter) == expected["kept"]["iteration"]:
+            raise KeyboardInterrupt
+        return save(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "save_last", crash)
+        finetune(seed=1)
+    home = tmp_path / "run"
+    assert runs.best(home) == expected["kept"]
+    best = weights(home / "best")
+    assert all(best[key].equal(value) for key, value in expected["best"].items())
+    assert runs.iterations_done(home) == expected["kept"]["iteration"] - 1
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_run_killed_between_two_renames_resumes_to_the_bit(new_run, elsewhere, brightness, name):
-    run = new_run()
-    expected = everything(elsewhere(run))
+def test_run_killed_between_two_renames_resumes_to_the_bit(finetune, brightness, tmp_path, name):
+    expected = everything(finetune("unbroken"))
     brightness.calls, brightness.fail_at = 0, 4
     with pytest.raises(KeyboardInterrupt):
-        finetune.finetune(run)
+        finetune()
     brightness.fail_at = None
-    home = runs.folder(run)
+    home = tmp_path / "run"
     (home / name).rename(home / f"{name}.previous")
     (home / f"{name}.tmp").mkdir()
-    assert_same(finetune.finetune(run), expected)
+    assert_same(finetune(), expected)
 
 
-def test_finished_run_returns_at_once(new_run, brightness, monkeypatch):
-    run = new_run()
-    home = finetune.finetune(run)
+def test_finished_run_returns_without_loading_or_scoring(finetune, brightness, monkeypatch):
+    home = finetune()
     expected = everything(home)
-    calls = brightness.calls
-    monkeypatch.setattr(finetune, "iterate", None)
-    assert finetune.finetune(run) == home
-    assert brightness.calls == calls == N_CALLS
+    monkeypatch.setattr(loop, "iterate", None)
+    monkeypatch.setattr(checkpoints, "load_learner", None)
+    assert finetune() == home
+    assert brightness.calls == N_CALLS
     assert_same(home, expected)
 
 
-def test_changed_setting_starts_anew_and_keeps_the_old_run(new_run, elsewhere, capsys):
-    run = new_run()
-    before = everything(finetune.finetune(run))
-    changed = config.replace(run, learning_rate=5e-4)
-    home = finetune.finetune(changed)
-    assert "learning_rate 0.001 → 0.0005" in capsys.readouterr().out
-    assert_same(home.with_name("tiny-brighter-s0.old1"), before)
-    assert_same(home, everything(elsewhere(changed)))
+def test_longer_run_at_a_constant_rate_goes_on_from_a_shorter_one(finetune):
+    expected = everything(finetune("long", n_iterations=3))
+    finetune(n_iterations=1)
+    assert_same(finetune(n_iterations=3), expected)
+    with pytest.raises(ValueError, match="holds 3 iterations, more than n_iterations=2"):
+        finetune(n_iterations=2)
+
+
+def test_memory_settings_may_change_on_the_way(finetune):
+    finetune(n_iterations=1)
+    home = finetune(n_iterations=2, micro_batch=100, gradient_checkpointing=True)
+    assert runs.iterations_done(home) == 2
 
 
 # ------------------------------------------------------------------------------- best
 
 
-def test_best_is_the_policy_with_the_highest_development_reward(new_run, elsewhere, brightness):
+def test_best_is_the_policy_with_the_highest_development_reward(finetune, brightness):
     # Development sets are calls 0, 2, 4 and 6 of the reward: the best comes after iteration 1.
     brightness.script = [0.0, 0.0, 5.0, 0.0, 4.0, 0.0, 4.5]
-    home = finetune.finetune(new_run())
-    state = json.loads((home / "last/state.json").read_text())
-    assert state["best_iteration"] == 1
-    assert state["best_reward"] == np.load(home / "development/001.npz")["rewards"].mean()
+    home = finetune()
+    kept = runs.best(home)
+    assert kept["iteration"] == 1
+    assert kept["development_reward"] == np.load(home / "development/001.npz")["rewards"].mean()
 
     brightness.script = None
-    # With a constant rate the first iteration does not know how many will follow.
-    after_one = weights(elsewhere(new_run(n_iterations=1)) / "last")
+    after_one = weights(finetune("one", n_iterations=1) / "last")
     best = weights(home / "best")
     assert all(best[key].equal(value) for key, value in after_one.items())
-
     pipeline = DDPMPipeline.from_pretrained(home / "best")
     assert pipeline.unet.state_dict()["conv_in.weight"].equal(best["conv_in.weight"])
 
 
-def test_best_is_the_pretrained_policy_if_nothing_got_better(new_run, brightness):
+def test_best_is_the_pretrained_policy_if_nothing_got_better(finetune, brightness, new_policy):
     brightness.script = [9.0, *[0.0] * 6]
-    run = new_run()
-    home = finetune.finetune(run)
-    pretrained = policies.load(run.source, bf16=False).unet.state_dict()
+    policy = new_policy(widths=(8,))
+    home = finetune(policy=policy)
     best = weights(home / "best")
-    assert all(best[key].equal(value) for key, value in pretrained.items())
-    state = json.loads((home / "last/state.json").read_text())
-    assert state["best_iteration"] == 0
+    assert all(best[key].equal(value) for key, value in policy.unet.state_dict().items())
+    assert runs.best(home)["iteration"] == 0
 
 
-def test_development_pictures_are_drawn_without_noise_by_the_policy_of_that_iteration(new_run):
-    run = new_run(n_iterations=1)
-    home = finetune.finetune(run)
+def test_development_pictures_are_drawn_without_noise_by_the_policy_of_that_iteration(
+    finetune, new_policy
+):
+    policy = new_policy(widths=(8,))
+    home = finetune(policy=policy, n_iterations=1)
     pictures, scores = runs.development(home)
-    assert pictures.shape == (2, 2, 8, 8, 3) and scores.shape == (2, 2)
-    for i, folder in enumerate([run.source, home / "last"]):
-        learner = policies.load(folder, bf16=False)
-        x_0 = sampler.sample(learner, finetune.development_noise(learner, run), 3)
-        np.testing.assert_array_equal(pictures[i], rewards.to_uint8(x_0))
-        np.testing.assert_allclose(scores[i], x_0.mean((1, 2, 3)), atol=1e-6)
+    after = policies.load(home / "last", bf16=False)
+    for i, learner in enumerate([policy, after]):
+        x_0 = sampler.sample(learner, loop.development_noise(learner, 0, 2), 4)
+        np.testing.assert_allclose(pictures[i], rewards.to_uint8(x_0), atol=1)
+        np.testing.assert_allclose(scores[i], x_0.mean((1, 2, 3)), atol=1e-5)
 
 
-def test_development_noise_is_the_runs_own(new_run, policy):
-    def noise(seed):
-        return finetune.development_noise(policy, new_run(seed, n_development=3))
+def test_development_noise_is_the_runs_own(policy):
+    noise = loop.development_noise(policy, 0, 3)
+    assert noise.shape == (3, 3, 8, 8)
+    assert noise.equal(loop.development_noise(policy, 0, 3))
+    assert not noise.equal(loop.development_noise(policy, 1, 3))
+    training = sampler.noise(policy, sampler.seeds(loop._seeds(0, 1)[0], 3))
+    assert not noise.equal(training)
 
-    assert noise(0).shape == (3, 3, 8, 8)
-    assert noise(0).equal(noise(0))
-    assert not noise(0).equal(noise(1))
+
+# ------------------------------------------------------------------------------- identity
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_nothing_is_lost(finetune):
+    expected = everything(finetune())
+    for changes in (
+        {"learning_rate": 5e-4}, {"seed": 1}, {"own": ddpo.Settings(clip_range=0.3)},
+        {"bf16": True}, {"reward": lambda images: -images.mean((1, 2, 3))},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"run holds a run with other settings: .* → "):
+            finetune(**changes)
+    assert_same(finetune(), expected)
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"beta_schedule": "squaredcos_cap_v2"}, {"clip_sample": False}, {"beta_end": 0.03}]
+)
+def test_other_schedule_of_the_same_weights_is_another_policy(finetune, new_policy, schedule):
+    finetune()
+    with pytest.raises(ValueError, match="policy .* → "):
+        finetune(policy=new_policy(widths=(8,), **schedule))
+
+
+def reward_from(source):
+    space = {}
+    exec(compile(source, "<cell>", "exec"), space)
+    return space["reward"]
+
+
+def test_edited_reward_is_another_run(finetune):
+    bright = "def reward(images):\n    return images.mean((1, 2, 3))"
+    home = finetune(reward=reward_from(bright), n_iterations=1)
+    assert finetune(reward=reward_from(bright), n_iterations=1) == home
+    with pytest.raises(ValueError, match="reward.fingerprint"):
+        finetune(reward=reward_from(bright.replace("mean", "amax")), n_iterations=1)
+
+
+def test_edited_objective_is_another_run(finetune, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (
+        "from ddpo_lib.objectives.ddpo import Settings, credit, helpers, units\n"
+        "from ddpo_lib.experience import rescore\n"
+        "def loss(policy, experience, rows, credit, settings, helpers):\n"
+        "    step, sample = rows[:, 0].unbind(-1)\n"
+        "    new = rescore(policy, experience.trajectory, step, sample)\n"
+        "    return -credit[sample] * new.log_ratio, {'kl': new.kl}\n"
+    )
+    (tmp_path / "own_objective.py").write_text(source)
+    home = finetune(objective="own_objective", n_iterations=1)
+    assert set(runs.metrics(home)[1]["updates"][0]) == {
+        "update", "loss", "kl", "grad_norm", "learning_rate",
+    }  # fmt: skip
+    del sys.modules["own_objective"]
+    (tmp_path / "own_objective.py").write_text(source.replace("new.log_ratio", "new.log_prob  "))
+    with pytest.raises(ValueError, match="objective.fingerprint"):
+        finetune(objective="own_objective", n_iterations=1)
+
+
+def learned_baseline():
+    """An objective whose helper learns: A = reward - b, and (reward - b)^2 is part of the loss."""
+    module = types.ModuleType("learned_baseline")
+    module.Settings, module.units = ddpo.Settings, ddpo.units
+
+    def helpers(policy, settings, loop):
+        baseline = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(baseline.weight)
+        return baseline
+
+    def credit(experience, settings, loop, helpers):
+        return experience.rewards
+
+    def loss(policy, experience, rows, credit, settings, helpers):
+        value, metrics = ddpo.loss(policy, experience, rows, credit, settings, helpers)
+        error = (experience.rewards[rows[:, 0, 1]] - helpers.weight.view(())).square()
+        return value + error, metrics | {"baseline_error": error.detach()}
+
+    module.helpers, module.credit, module.loss = helpers, credit, loss
+    return module
+
+
+def test_helper_that_learns_resumes_to_the_bit(finetune, brightness):
+    expected = finetune("unbroken", objective=learned_baseline())
+    baseline = load_file(expected / "last/helpers.safetensors")["weight"]
+    assert baseline.item() != 0
+    brightness.calls, brightness.fail_at = 0, 5
+    with pytest.raises(KeyboardInterrupt):
+        finetune(objective=learned_baseline())
+    brightness.fail_at = None
+    home = finetune(objective=learned_baseline())
+    assert_same(home, everything(expected))
+    assert load_file(home / "last/helpers.safetensors")["weight"].equal(baseline)
 
 
 # ------------------------------------------------------------------------------- mistakes
 
 
-def test_nan_reward_stops_the_run_and_loses_nothing(new_run, elsewhere, brightness):
-    run = new_run()
-    expected = everything(elsewhere(run))
-    brightness.calls, brightness.nan_at = 0, 3  # the rollout of iteration 1
-    with pytest.raises(ValueError, match=r"'own_rewards:brightness' is not finite .* \[1\]: nan"):
-        finetune.finetune(run)
-    state = json.loads((runs.folder(run) / "last/state.json").read_text())
-    assert state["iterations_done"] == 1
+def test_nan_reward_stops_the_run_and_loses_nothing(finetune, brightness, tmp_path):
+    expected = everything(finetune("unbroken"))
+    brightness.calls, brightness.nan_at = 0, 3  # the rollout of iteration 2
+    with pytest.raises((ValueError, FloatingPointError), match=r"not finite .*\[1\]"):
+        finetune()
+    assert runs.iterations_done(tmp_path / "run") == 1
     brightness.nan_at = None
-    assert_same(finetune.finetune(run), expected)
+    assert_same(finetune(), expected)
 
 
-def test_unknown_reward_stops_before_anything_runs(new_run):
-    run = new_run()
-    unknown = config.dataclasses.replace(run, reward="beauty")
-    with pytest.raises(ValueError, match="unknown reward 'beauty'"):
-        finetune.finetune(unknown)
-    assert not (runs.folder(run) / "last").exists()
+@pytest.mark.parametrize("where", ["during an iteration", "after its last update"])
+def test_diverged_policy_never_becomes_best_or_last(finetune, tmp_path, monkeypatch, where):
+    """Pictures of NaN would turn black, and black is the smallest JPEG."""
+    expected = everything(finetune("unbroken", n_iterations=1, reward=rewards.jpeg_compressibility))
+    iterate = loop.iterate
+
+    def diverge(training, iteration):
+        if iteration == 2 and where == "during an iteration":
+            training.learner.unet.conv_in.weight.data[0] = torch.nan
+        result = iterate(training, iteration)
+        if iteration == 2:
+            training.learner.unet.conv_in.weight.data[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(loop, "iterate", diverge)
+    with pytest.raises(
+        FloatingPointError, match=r"iteration 2: .*finite.* checkpoint of iteration 1"
+    ):
+        finetune(reward=rewards.jpeg_compressibility)
+    home = tmp_path / "run"
+    assert all(
+        everything(home)[name].keys() == expected[name].keys()
+        and all(everything(home)[name][key].equal(value) for key, value in expected[name].items())
+        for name in ("last", "best")
+    )
+
+
+def test_reward_that_cannot_tell_samples_apart_is_said_to_teach_nothing(finetune, capsys):
+    finetune(reward=lambda images: torch.zeros(len(images)), n_iterations=1)
+    written = capsys.readouterr()
+    assert "iteration 1: every credit is 0, nothing can be learned" in written.out + written.err
+
+
+IMPOSSIBLE = [
+    ({"n_steps": 5000}, "n_steps=5000"),
+    ({"min_std": 0.99}, "lower min_std"),
+    ({"seed": -1}, "seed=-1"),
+    ({"seed": 1.5}, "seed=1.5"),
+    ({"seed": True}, "seed=True"),
+    ({"objective": "ppo2"}, "cannot import the objective 'ppo2'"),
+    ({"own": {"clip_range": 0.1}}, r"must be a ddpo_lib.objectives.ddpo.Settings"),
+    ({"own": ddpo.Settings(estimator="sf")}, "one update per rollout"),
+    ({"reward": lambda images, prompts: 0}, "reads prompts"),
+    ({"reward": lambda: 0}, "reward"),
+    ({"reward": 3}, "reward"),
+]
+
+
+@pytest.mark.parametrize("changes, message", IMPOSSIBLE)
+def test_impossible_run_is_refused_before_anything_is_written(finetune, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(**changes)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -388,23 +593,40 @@ def test_unknown_reward_stops_before_anything_runs(new_run):
         "scheduler/scheduler_config.json",
     ],
 )
-def test_damaged_checkpoint_is_one_clear_error(new_run, file):
-    run = new_run(n_iterations=2)
-    home = finetune.finetune(run)
+def test_damaged_checkpoint_is_one_clear_error(finetune, file):
+    home = finetune(n_iterations=1)
     damaged = home / "last" / file
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"checkpoint .*last is damaged .* move .*brighter-s0 "):
-        finetune.finetune(run)
+    with pytest.raises(ValueError, match=r"checkpoint .*last is damaged .* move .*run elsewhere"):
+        finetune(n_iterations=2)
 
 
-def test_unwritable_folder_is_one_clear_error(new_run):
-    run = new_run()
-    paths.RUNS.write_text("a file in the folder's place")
-    with pytest.raises(OSError, match=r"cannot write the run's folder .*DDPO_ROOT"):
-        finetune.finetune(run)
+def test_folder_that_is_no_run_is_left_alone(finetune, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty, and no run"):
+        finetune()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_missing_pretrained_policy_is_one_clear_error(new_run):
-    run = config.dataclasses.replace(new_run(), source="toy/cats/blue")
-    with pytest.raises(FileNotFoundError, match="no policy at 'toy/cats/blue'"):
-        finetune.finetune(run)
+def test_unwritable_folder_is_one_clear_error(finetune, tmp_path):
+    (tmp_path / "file").write_text("in the folder's place")
+    with pytest.raises(OSError, match=r"cannot write the run's folder .*give another folder"):
+        finetune("file/run")
+
+
+def test_nothing_of_this_machine_is_in_what_could_be_shared(finetune, new_policy, tmp_path):
+    policies.save(new_policy(widths=(8,)), tmp_path / "pretrained")
+    home = finetune(policy=policies.load(tmp_path / "pretrained", bf16=False), n_iterations=1)
+    for file in Path(home / "best").rglob("*.json"):
+        assert str(tmp_path) not in file.read_text()
+
+
+def test_learner_runs_as_the_settings_say(finetune, new_policy, monkeypatch):
+    seen = []
+    iterate = loop.iterate
+    monkeypatch.setattr(loop, "iterate", lambda t, i: seen.append(t.learner.bf16) or iterate(t, i))
+    in_float32 = dataclasses.replace(new_policy(widths=(8,)), bf16=False)
+    finetune(policy=in_float32, bf16=True, n_iterations=1)
+    finetune(policy=in_float32, bf16=True, n_iterations=2)  # also when it goes on
+    assert seen == [True, True]

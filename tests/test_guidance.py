@@ -1,5 +1,6 @@
 """Classifier guidance: closed forms, finite differences, and a Gaussian world solved exactly."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from ddpo_lib import encoders, guidance, paths, sampler
-from ddpo_lib.policy import Policy, predict_noise
-from ddpo_lib.toy.drawing import to_tensor
-from ddpo_lib.toy.training import draw
+from ddpo_lib import encoders, guidance, sampler
+from ddpo_lib import policy as policies
+from ddpo_lib.policy import Context, Policy, predict_noise
 
 N = 5
+CLIP = Path(__file__).parents[1] / "data/toy/clip"
 
 
 def away_from(target):
@@ -40,7 +41,7 @@ class Linear:
 
 
 def gaussian(s) -> Policy:
-    """The exact denoiser of pictures that are N(0, s² I)."""
+    """The exact denoiser of images that are N(0, s² I)."""
     scheduler = DDPMScheduler(1000, clip_sample=False)
 
     class Exact(Linear):
@@ -49,6 +50,11 @@ def gaussian(s) -> Policy:
             return SimpleNamespace(sample=x_t * (1 - a_t).sqrt() / (a_t * s**2 + 1 - a_t))
 
     return Policy(Exact(None), scheduler, bf16=False)
+
+
+@pytest.fixture
+def v_policy(new_policy):
+    return new_policy(prediction_type="v_prediction")
 
 
 def test_gradient_in_closed_form():
@@ -114,26 +120,66 @@ def test_guided_noise_is_equation_2_23(policy, scale):
     assert guided.image_shape == policy.image_shape and guided.device == policy.device
 
 
+@pytest.mark.parametrize("which", ["policy", "v_policy"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_scale_zero_changes_nothing(policy, eta):
-    x_T = sampler.noise(policy, 3, seed=0)
+def test_scale_zero_changes_nothing(request, which, eta):
+    """Also where the network gives v: the guided one gives eps, which is not turned again."""
+    policy = request.getfixturevalue(which)
+    x_T = sampler.noise(policy, [0, 1, 2])
     guided = guidance.guide(policy, away_from(torch.ones(3, 8, 8)), 0)
-    ours, plain = (
-        sampler.sample(p, x_T, 5, eta, torch.Generator().manual_seed(1)) for p in (guided, policy)
-    )
+    ours, plain = (sampler.sample(p, x_T, 5, eta, [3, 4, 5]) for p in (guided, policy))
     assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_guided_v_is_equation_2_23(v_policy):
+    x_t, t = noisy(v_policy)
+    loss = away_from(torch.ones(3, 8, 8))
+    grad, eps = guidance.gradient(v_policy, loss, x_t, t)
+    with torch.no_grad():
+        assert_close(eps, predict_noise(v_policy, x_t, t))
+        guided = predict_noise(guidance.guide(v_policy, loss, 0.7), x_t, t)
+    towards = 0.7 * (1 - v_policy.alpha_bar[t]).sqrt().view(-1, 1, 1, 1) * grad
+    assert_close(guided, eps + towards)
+
+
+def test_all_but_the_network_and_what_it_gives_is_the_policys(new_policy):
+    schedule = {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+    policy = new_policy(prediction_type="v_prediction", clip_sample_range=2.0, **schedule)
+    guided = guidance.guide(policy, away_from(torch.ones(3, 8, 8)), 0.5)
+    assert guided.alpha_bar.equal(policy.alpha_bar)
+    different = {
+        name for name, value in policy.scheduler.config.items()
+        if name[0] != "_" and guided.scheduler.config[name] != value
+    }  # fmt: skip
+    assert different == {"prediction_type"}
+    assert policy.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_guided_policy_takes_no_text_and_has_nothing_to_save(policy, tmp_path):
+    x_t, t = noisy(policy)
+    loss = away_from(torch.ones(3, 8, 8))
+    context = Context(("a cat",) * N, torch.zeros(N, 77, 8))
+    for call in (
+        lambda: predict_noise(guidance.guide(policy, loss, 1), x_t, t, context),
+        lambda: guidance.gradient(policy, loss, x_t, t, context),
+    ):
+        with pytest.raises(ValueError, match="takes no text"):
+            call()
+    with pytest.raises(ValueError, match="no network of its own: save the policy it guides"):
+        policies.save(guidance.guide(policy, loss, 1), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_linear_guidance_shifts_a_gaussian_as_bayes_says(scale):
-    """If pictures are N(0, s² I) and the loss is -w · x_0, the guided pictures are N(γ s² w, s² I).
+    """If images are N(0, s² I) and the loss is -w · x_0, the guided images are N(γ s² w, s² I).
 
     The denoiser of that world is known, and so p(y | x_t) ∝ E[exp(γ w · x_0) | x_t] is exactly
     exp(γ w · x~) up to a constant: classifier guidance is then no approximation.
     """
     s = 0.3
     policy = gaussian(s)
-    x_T = sampler.noise(policy, 4, seed=0)
+    x_T = sampler.noise(policy, range(4))
     w = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(1))
     guided = guidance.guide(policy, lambda images: -(images * w).sum((1, 2, 3)), scale)
 
@@ -143,9 +189,9 @@ def test_linear_guidance_shifts_a_gaussian_as_bayes_says(scale):
 
 
 def test_guided_samples_have_a_lower_loss():
-    """In every picture, and lower for a larger scale: the world is Gaussian and the loss convex."""
+    """In every image, and lower for a larger scale: the world is Gaussian and the loss convex."""
     policy = gaussian(0.5)
-    x_T = sampler.noise(policy, N, seed=0)
+    x_T = sampler.noise(policy, range(N))
     loss = away_from(torch.full((1, 4, 4), 0.3))
     values = [
         loss(sampler.sample(guidance.guide(policy, loss, scale), x_T, 50)) for scale in (0, 0.5, 2)
@@ -163,7 +209,7 @@ def test_network_and_loss_run_in_float32(new_policy):
         seen.append((images.dtype, torch.is_autocast_enabled("cpu")))
         return (images @ images).sum((1, 2, 3))
 
-    x_T = sampler.noise(policy, 2, seed=0)
+    x_T = sampler.noise(policy, range(2))
     full = sampler.sample(guidance.guide(policy, loss, 0.1), x_T, 4)
     assert sampler.sample(guidance.guide(half, loss, 0.1), x_T, 4).equal(full)
     assert set(seen) == {(torch.float32, False)}
@@ -176,9 +222,9 @@ def test_nothing_is_left_on_the_network(policy):
     assert all(p.grad is None for p in policy.unet.parameters())
 
 
-def test_loss_without_one_number_a_picture_is_an_error(policy):
+def test_loss_without_one_number_an_image_is_an_error(policy):
     x_t, t = noisy(policy)
-    with pytest.raises(ValueError, match=r"returned shape \(\) for 5 pictures.*shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(\) for 5 images.*shape \(5,\)"):
         guidance.gradient(policy, lambda images: images.mean(), x_t, t)
 
 
@@ -189,8 +235,8 @@ def test_impossible_scale_is_an_error(policy, scale):
 
 
 def test_clip_distance_is_one_minus_the_cosine():
-    clip = encoders.load_clip(paths.TOY / "clip")
-    images = to_tensor(draw("faces", 6, seed=0).pictures)
+    clip = encoders.load_clip(CLIP)
+    images = 2 * torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     with torch.no_grad():
         texts = encoders.embed_texts(clip, ["an old person", "a young person"])
         expected = 1 - encoders.embed_images(clip, images) @ texts.T

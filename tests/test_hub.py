@@ -7,21 +7,19 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-import yaml
-from diffusers import DDPMPipeline
 from huggingface_hub import constants, file_download, hf_api
-from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import save_file
 
-from ddpo_lib import encoders, hub, model_card, paths, rewards, runs
+from ddpo_lib import encoders, hub, rewards
 from ddpo_lib import policy as policies
-from ddpo_lib.config import Models, replace
 
+TOY = Path(__file__).resolve().parents[1] / "data" / "toy"
 COMMIT, LATER = "5a1118b5a35e744d59a4215a8c72a4d7619b9e04", "f" * 40
 
 
@@ -98,7 +96,13 @@ def loads_as(policy, source):
         ("/data/faces", None),
         ("~/faces", None),
         ("data/toy/faces", None),
-        ("toy/faces", None),
+        ("https://huggingface.co/google/ddpm-church-256", ("google/ddpm-church-256", None)),
+        (
+            f"https://huggingface.co/google/ddpm-church-256@{COMMIT}",
+            ("google/ddpm-church-256", COMMIT),
+        ),
+        ("https://huggingface.co/google/ddpm-church-256/tree/main", None),
+        ("https://example.org/google/ddpm-church-256", None),
     ],
 )
 def test_source_is_the_hubs_or_local(source, place):
@@ -149,13 +153,13 @@ def test_half_a_download_in_the_cache_says_what_to_do(cached, model):
 
 def test_age_classifier_from_the_cache(cached, tmp_path):
     """Its preprocessor_config.json is of 2021, with a number for a size."""
-    folder = shutil.copytree(paths.TOY / "age", tmp_path / "age")
+    folder = shutil.copytree(TOY / "age", tmp_path / "age")
     old = {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "resample": 2}
     old |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(old | {"do_resize": True}))
     cached("nateraw/vit-age-classifier", folder)
     ours = encoders.load_age_classifier("nateraw/vit-age-classifier")
-    toy = encoders.load_age_classifier(paths.TOY / "age")
+    toy = encoders.load_age_classifier(TOY / "age")
     assert (ours.image_size, ours.mean, ours.std) == (32, (0.5,) * 3, (0.5,) * 3)
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert encoders.age_logits(ours, pictures).equal(encoders.age_logits(toy, pictures))
@@ -201,44 +205,13 @@ def test_clip_from_the_cache(cached, tmp_path, monkeypatch):
         encoders.load_clip("ViT-L-14:openai")
 
 
-# ------------------------------------------------------------------------------- the run's record
-
-
-def test_settings_record_the_commit_and_a_moved_branch_is_another_run(
-    new_run, cached, model, capsys
-):
-    run = new_run()
-    assert "commits" not in json.loads((runs.open_folder(run) / "settings.json").read_text())
-
-    run = replace(run)
-    object.__setattr__(run, "source", "tiny/church")
-    cached("tiny/church", model)
-    home = runs.open_folder(run)
-    settings = json.loads((home / "settings.json").read_text())
-    assert settings["source"] == "tiny/church"
-    assert settings["commits"] == {"policy": COMMIT}
-    assert runs.fingerprint("tiny/church") == COMMIT
-    assert runs.open_folder(run) == home
-    capsys.readouterr()
-
-    hub.commit.cache_clear()
-    cached("tiny/church", model, LATER)
-    runs.open_folder(run)
-    assert f"'{COMMIT}'" in (said := capsys.readouterr().out) and f"'{LATER}'" in said
-    assert len(list(home.parent.glob("*.old*"))) == 2
-
-
-def test_run_without_its_model_fails_before_its_folder_is_made(new_run):
-    run = new_run()
-    object.__setattr__(run, "source", "google/ddpm-church-256")
-    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
-        runs.open_folder(run)
-    assert not runs.folder(run).exists()
-
-
 @pytest.mark.parametrize("reward", ["aesthetic", "over50"])
 def test_reward_without_its_model_says_what_to_do(reward):
-    models = Models("ViT-L-14:openai", "no/aesthetic", "nateraw/vit-age-classifier")
+    models = {
+        "clip": "ViT-L-14:openai",
+        "aesthetic": "no/head",
+        "age": "nateraw/vit-age-classifier",
+    }
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
         rewards.load(reward, models)
 
@@ -408,104 +381,14 @@ def test_full_or_unwritable_cache_says_what_to_do(online, monkeypatch, problem, 
         policies.load("tiny/church")
 
 
+def test_too_many_requests_say_what_to_do():
+    error = OSError("slow down")
+    error.response = SimpleNamespace(status_code=429)
+    said = pytest.raises(FileNotFoundError, match="too many requests from here. Wait some minutes")
+    with said, hub.explained("google/ddpm-church-256"):
+        raise error
+
+
 def test_repository_without_the_files_says_so(online):
     with pytest.raises(FileNotFoundError, match="/tiny/church lacks a file"):
         encoders.load_age_classifier("tiny/church")
-
-
-# ------------------------------------------------------------------------------- model card
-
-
-@pytest.fixture
-def finished(new_run, new_policy):
-    """A run's folder whose development reward was highest after iteration 1."""
-    home = runs.open_folder(new_run())
-    for iteration, mean in enumerate((0.1, 0.5, 0.3)):
-        file = home / "development" / f"{iteration:03d}.npz"
-        np.savez(file, rewards=np.array([mean - 0.1, mean + 0.1]), pictures=np.zeros(1))
-    runs.save_best(home, new_policy(seed=8))
-    return home
-
-
-def read_card(text):
-    _, metadata, body = text.split("---\n", 2)
-    return yaml.safe_load(metadata), body
-
-
-def test_best_is_a_diffusers_folder_with_a_card(finished, new_policy):
-    loaded = DDPMPipeline.from_pretrained(finished / "best").unet.state_dict()
-    expected = new_policy(seed=8).unet.state_dict()
-    assert all(loaded[name].equal(value) for name, value in expected.items())
-    metadata, body = read_card((finished / "best" / "README.md").read_text())
-    assert metadata["library_name"] == "diffusers"
-    assert metadata["pipeline_tag"] == "unconditional-image-generation"
-    assert "base_model" not in metadata and "license" not in metadata  # both are not known here
-    assert "`own_rewards:brightness`" in body
-    assert "| development set, 2 | 0.100 ± 0.100 | 0.500 ± 0.100 |" in body
-    assert "after 1 of 3 iterations" in body
-    assert "| learning_rate | 0.001 |" in body and "| seed | 0 |" in body
-    assert "evaluation set" not in body
-
-
-def test_card_of_a_google_model_names_base_commit_and_licence(finished):
-    file = finished / "settings.json"
-    source = f"google/ddpm-church-256@{COMMIT}"
-    settings = json.loads(file.read_text()) | {"source": source, "commits": {"policy": COMMIT}}
-    settings |= {"reward": "jpeg_compressibility", "task": "compressibility"}
-    file.write_text(json.dumps(settings))
-    metadata, body = read_card(model_card.write(finished))
-    assert metadata["base_model"] == "google/ddpm-church-256"
-    assert metadata["license"] == "apache-2.0"
-    assert f"`google/ddpm-church-256`, commit `{COMMIT}`" in body
-    assert "`jpeg_compressibility`, minus the size in kB" in body
-    assert "# google/ddpm-church-256 finetuned with DDPO: compressibility" in body
-
-
-def test_card_of_a_toy_model_names_no_base_on_the_hub(finished):
-    file = finished / "settings.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"source": "toy/faces"}))
-    metadata, body = read_card(model_card.write(finished))
-    assert "base_model" not in metadata
-    assert metadata["license"] == "mit"
-    assert "**Base:** `toy/faces`" in body
-
-
-class Api:
-    """In the place of HfApi."""
-
-    def __init__(self, error=None):
-        self.calls, self.error = [], error
-
-    def create_repo(self, repository, **options):
-        if self.error:
-            raise self.error
-        self.calls.append(("create_repo", repository, options))
-
-    def upload_folder(self, **options):
-        readme = options["folder_path"] / "README.md"
-        self.calls.append(("upload_folder", options, readme.read_text()))
-        return type("Commit", (), {"commit_url": "https://hub/me/model/commit/1"})
-
-
-def test_push_sends_best_with_its_latest_metrics(finished, monkeypatch):
-    result = {"n": 1000, "reward_mean": 5.5812, "reward_sd": 0.3, "reward_se": 0.0095}
-    runs.write_json(finished / "evaluation.json", result)
-    api = Api()
-    monkeypatch.setattr(model_card, "HfApi", lambda: api)
-    address = model_card.push_to_hub(finished, "me/model", private=True)
-    assert address == "https://hub/me/model/commit/1"
-    (_, repository, made), (_, sent, card) = api.calls
-    assert (repository, made) == ("me/model", {"private": True, "exist_ok": True})
-    assert (sent["repo_id"], sent["folder_path"]) == ("me/model", finished / "best")
-    assert "| evaluation set, 1000 |  | 5.581 ± 0.009 |" in card
-
-
-def test_push_without_a_login_says_what_to_do(finished, monkeypatch):
-    monkeypatch.setattr(model_card, "HfApi", lambda: Api(LocalTokenNotFoundError("no token")))
-    with pytest.raises(FileNotFoundError, match="cannot send to 'me/model'.*hf auth login"):
-        model_card.push_to_hub(finished, "me/model")
-
-
-def test_push_before_there_is_anything_says_so(new_run):
-    with pytest.raises(FileNotFoundError, match="holds no policy: finetune first"):
-        model_card.push_to_hub(runs.open_folder(new_run()), "me/model")

@@ -1,143 +1,203 @@
-"""A run's folder: settings, rows, checkpoints, and what a crash leaves behind."""
+"""A run's folder: identity, metrics, checkpoints, and what a crash leaves behind."""
 
-import dataclasses
 import json
+import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ddpo_lib import config, paths, runs
+from ddpo_lib import checkpoints, identity, runs
 from ddpo_lib import policy as policies
+from ddpo_lib.settings import Finetune
+
+SETTINGS = Finetune()
+IDENTITY = {"policy": "abc", "reward": {"name": "r", "fingerprint": "def"}, "seed": 0,
+            "settings": SETTINGS.decisive}  # fmt: skip
 
 
-def test_folder_is_named_after_profile_policy_task_and_seed(new_run):
-    assert runs.folder(new_run(seed=4)) == paths.RUNS / "test/tiny-brighter-s4"
+@pytest.fixture
+def home(tmp_path):
+    home = tmp_path / "runs" / "mine"
+    runs.open_folder(home, IDENTITY, SETTINGS)
+    return home
 
 
-def test_settings_hold_everything_that_decides_the_run(new_run):
-    run = new_run(eta=0.5)
-    stored = json.loads((runs.open_folder(run) / "settings.json").read_text())
-    assert stored["sha256"]["policy"] == runs.fingerprint(run.source)
-    assert stored["settings"] == dataclasses.asdict(run.settings)
-    assert stored["reward"] == "own_rewards:brightness"
+def changed(**changes):
+    return IDENTITY | {"settings": IDENTITY["settings"] | changes}
 
 
-def test_changed_setting_sets_the_old_folder_aside(new_run, capsys):
-    run = new_run()
-    home = runs.open_folder(run)
-    (home / "metrics.csv").write_text("old\n")
-    assert runs.open_folder(run) == home
-    assert (home / "metrics.csv").exists()
-
-    assert runs.open_folder(config.replace(run, eta=0.5)) == home
-    assert not (home / "metrics.csv").exists()
-    aside = home.with_name("tiny-brighter-s0.old1")
-    assert (aside / "metrics.csv").read_text() == "old\n"
-    assert "settings changed (eta 1.0 → 0.5)" in capsys.readouterr().out
-
-    runs.open_folder(config.replace(run, eta=0.7))
-    assert (aside / "metrics.csv").read_text() == "old\n"
-    assert home.with_name("tiny-brighter-s0.old2").exists()
+# ------------------------------------------------------------------------------- identity
 
 
-def test_run_goes_on_under_other_memory_settings_and_after_an_update_of_the_library(new_run):
-    home = runs.open_folder(new_run(micro_batch=3))
-    (home / "metrics.csv").write_text("old\n")
-    runs.open_folder(new_run(micro_batch=1, gradient_checkpointing=True))
-    # A setting that the library did not have then: the run had what is its default now.
+def test_same_run_is_returned_to(home):
+    (home / "mine.txt").write_text("kept")
+    runs.open_folder(home, IDENTITY, Finetune(micro_batch=3))
+    assert (home / "mine.txt").exists()
+    assert json.loads((home / "settings.json").read_text())["settings"]["micro_batch"] == 3
+
+
+@pytest.mark.parametrize(
+    "identity, message",
+    [
+        (changed(eta=0.5), "settings.eta 1.0 → 0.5"),
+        (IDENTITY | {"seed": 1}, "seed 0 → 1"),
+        (IDENTITY | {"policy": "xyz"}, "policy abc → xyz"),
+        (IDENTITY | {"reward": {"name": "r", "fingerprint": "xyz"}}, "reward.fingerprint def"),
+    ],
+)
+def test_other_run_is_refused_and_nothing_changes(home, identity, message):
+    before = (home / "settings.json").read_text()
+    with pytest.raises(ValueError, match=message):
+        runs.open_folder(home, identity, Finetune(micro_batch=3))
+    assert (home / "settings.json").read_text() == before
+    assert not list(home.parent.glob("mine.*"))
+
+
+def test_setting_that_is_younger_than_the_run_had_its_default(home):
     stored = json.loads((home / "settings.json").read_text())
-    del stored["settings"]["timestep_fraction"]
+    del stored["identity"]["settings"]["timestep_fraction"]
     runs.write_json(home / "settings.json", stored)
-    runs.open_folder(new_run())
-    assert (home / "metrics.csv").read_text() == "old\n"
-    runs.open_folder(new_run(timestep_fraction=0.5))
-    assert not (home / "metrics.csv").exists()
+    runs.open_folder(home, IDENTITY, SETTINGS)
+    runs.write_json(home / "settings.json", stored)
+    with pytest.raises(ValueError, match="timestep_fraction 1.0 → 0.5"):
+        runs.open_folder(home, changed(timestep_fraction=0.5), SETTINGS)
 
 
-@pytest.mark.parametrize("retrained", ["policy", "reward", "other reward"])
-def test_retrained_weights_set_the_old_folder_aside(new_run, new_policy, tmp_path, retrained):
-    model = tmp_path / "aesthetic"
-    models = dataclasses.replace(new_run().models, aesthetic=str(model))
-    reward = "over50" if retrained == "other reward" else "aesthetic"
-    run = dataclasses.replace(new_run(), models=models, reward=reward)
-    policies.save(new_policy(seed=0), model)
-    home = runs.open_folder(run)
-    runs.open_folder(run)
-    aside = home.with_name("tiny-brighter-s0.old1")
-    assert not aside.exists()
-    policies.save(new_policy(seed=9), run.source if retrained == "policy" else model)
-    runs.open_folder(run)
-    assert aside.exists() == (retrained != "other reward")
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}'])
+def test_damaged_settings_are_named(home, text):
+    (home / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"settings.json is damaged"):
+        runs.open_folder(home, IDENTITY, SETTINGS)
 
 
-def test_second_process_waits_until_the_first_is_done(new_run, capsys):
-    run, order = new_run(), []
+@pytest.mark.parametrize("name", ["last", "best", "metrics.jsonl"])
+def test_folder_without_settings_is_not_adopted(home, name):
+    (home / name).mkdir()
+    (home / "settings.json").unlink()
+    with pytest.raises(ValueError, match="no run: settings.json is missing"):
+        runs.open_folder(home, IDENTITY, SETTINGS)
+
+
+def test_second_process_waits_until_the_first_is_done(tmp_path, capsys):
+    home, order = tmp_path / "mine", []
 
     def second():
-        with runs.hold(run):
+        with runs.hold(home):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with runs.hold(run):
+    with runs.hold(home):
         thread.start()
         thread.join(timeout=1.5)
         order.append("first")
+        busy = pytest.raises(RuntimeError, match="another process is at work")
+        with busy, runs.hold(home, wait=False):
+            pass
     thread.join(timeout=10)
     assert order == ["first", "second"]
     assert "another process is at work on it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["runs", "runs/test", "runs/test/tiny-brighter-s0"])
-def test_unwritable_folder_is_one_clear_error(new_run, where):
+@pytest.mark.parametrize("where", ["runs", "runs/mine"])
+def test_unwritable_folder_is_one_clear_error(tmp_path, where):
     """A file stands in the folder's place, which stops even the superuser."""
-    run = new_run()
-    obstacle = paths.RUNS.parent / where
+    obstacle = tmp_path / where
     obstacle.parent.mkdir(parents=True, exist_ok=True)
     obstacle.write_text("in the way")
-    with pytest.raises(OSError, match=r"cannot write the run's folder .*tiny-brighter-s0: .*DDPO"):
-        runs.open_folder(run)
+    home = tmp_path / "runs/mine"
+    refused = pytest.raises(OSError, match=r"cannot write the run's folder .*mine: ")
+    with refused, runs.hold(home):
+        runs.open_folder(home, IDENTITY, SETTINGS)
 
 
-def test_fingerprint_follows_the_weights(new_policy, tmp_path):
-    policies.save(new_policy(seed=0), tmp_path / "a")
-    policies.save(new_policy(seed=0), tmp_path / "b")
-    policies.save(new_policy(seed=1), tmp_path / "c")
-    a, b, c = (runs.fingerprint(str(tmp_path / name)) for name in "abc")
-    assert a == b != c
-    assert runs.fingerprint(str(tmp_path / "nothing")) is None
+# ------------------------------------------------------------------------------- metrics
 
 
-def test_rows_are_appended_and_dropped(tmp_path):
-    file = tmp_path / "metrics.csv"
-    runs.append_rows(file, [{"iteration": 0, "x": 1.5}, {"iteration": 1, "x": 2.5}])
-    runs.append_rows(file, [{"iteration": 10, "x": 3.5}])
-    assert file.read_text().split() == ["iteration,x", "0,1.5", "1,2.5", "10,3.5"]
-    runs.drop_rows(file, 2)
-    assert file.read_text().split() == ["iteration,x", "0,1.5", "1,2.5"]
-    runs.append_rows(file, [{"iteration": 2, "x": 4.5}])
-    assert file.read_text().split()[-1] == "2,4.5"
-    runs.drop_rows(file, 0)
-    assert not file.exists()
-    runs.drop_rows(file, 0)
-    assert not list(tmp_path.iterdir())
+def test_metrics_are_one_line_an_iteration(tmp_path):
+    assert runs.metrics(tmp_path) == []
+    rows = [{"iteration": i, "reward_mean": i / 3, "rewards": [0.1] * i} for i in range(4)]
+    for row in rows:
+        runs.append_metrics(tmp_path, row)
+    assert runs.metrics(tmp_path) == rows
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_crash_while_rows_are_dropped_loses_none(tmp_path, monkeypatch):
-    file = tmp_path / "metrics.csv"
-    runs.append_rows(file, [{"iteration": i, "x": i} for i in range(4)])
-    before = file.read_text()
+@pytest.mark.parametrize("torn", range(1, 25))
+def test_line_that_a_crash_cut_short_is_made_again(tmp_path, torn):
+    """At whatever byte: also where the stump reads as a whole number of an earlier iteration."""
+    for i in (0, 1, 2):
+        runs.append_metrics(tmp_path, {"iteration": i, "x": 12.5})
+    line = json.dumps({"iteration": 3, "x": 12.5})
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + line[:torn])
+    assert [row["iteration"] for row in runs.metrics(tmp_path)] == [0, 1, 2]
+    runs.drop_after(tmp_path, 2)
+    runs.append_metrics(tmp_path, {"iteration": 3, "new": True})
+    assert [row["iteration"] for row in runs.metrics(tmp_path)] == [0, 1, 2, 3]
+    assert runs.metrics(tmp_path)[3] == {"iteration": 3, "new": True}
+
+
+def test_damage_in_the_middle_is_named_and_not_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"iter\n{"iteration": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged"):
+        runs.metrics(tmp_path)
+
+
+def test_what_comes_after_the_checkpoint_is_dropped(tmp_path):
+    (tmp_path / "development").mkdir()
+    for i in (0, 2, 12, 999, 1000, 1001):
+        runs.append_metrics(tmp_path, {"iteration": i})
+        runs.save_development(tmp_path, i, np.full((2, 4, 4, 3), i % 256, np.uint8), np.full(2, i))
+    runs.drop_after(tmp_path, 1000)
+    assert [row["iteration"] for row in runs.metrics(tmp_path)] == [0, 2, 12, 999, 1000]
+    pictures, scores = runs.development(tmp_path)
+    assert scores[:, 0].tolist() == [0, 2, 12, 999, 1000]  # in order, also beyond 999
+    assert pictures[:, 0, 0, 0, 0].tolist() == [0, 2, 12, 999 % 256, 1000 % 256]
+    runs.drop_after(tmp_path, -1)
+    assert runs.metrics(tmp_path) == [] and not list((tmp_path / "development").iterdir())
+
+
+def test_crash_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
+    for i in range(4):
+        runs.append_metrics(tmp_path, {"iteration": i})
 
     def crash(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs.os, "replace", crash)
-        runs.drop_rows(file, 2)
-    assert file.read_text() == before
-    runs.drop_rows(file, 2)
-    assert file.read_text().split() == ["iteration,x", "0,0", "1,1"]
+        patch.setattr(os, "replace", crash)
+        runs.drop_after(tmp_path, 2)
+    assert len(runs.metrics(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("function", ["write_json", "save_development"])
+def test_files_are_written_all_or_nothing(tmp_path, function):
+    (tmp_path / "development").mkdir()
+    pictures = np.zeros((1, 2, 2, 3), np.uint8)
+    if function == "write_json":
+        runs.write_json(tmp_path / "state.json", {"a": 1})
+        with pytest.raises(TypeError):
+            runs.write_json(tmp_path / "state.json", {"a": object()})
+        assert json.loads((tmp_path / "state.json").read_text()) == {"a": 1}
+        assert len(list(tmp_path.iterdir())) == 2
+    else:
+        runs.save_development(tmp_path, 0, pictures, np.zeros(1))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(np, "savez_compressed", half_written)
+            runs.save_development(tmp_path, 0, pictures, np.ones(1))
+        assert [file.name for file in (tmp_path / "development").iterdir()] == ["000.npz"]
+        assert runs.development(tmp_path)[1].tolist() == [[0.0]]
+
+
+def half_written(stream, **arrays):
+    stream.write(b"half")
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------- checkpoints
 
 
 def train_a_little(policy, optimizer):
@@ -160,12 +220,13 @@ def test_checkpoint_continues_to_the_bit(new_policy, tmp_path, layout):
     optimizer = new_optimizer(policy)
     train_a_little(policy, optimizer)
     train_a_little(policy, optimizer)
-    runs.save_checkpoint(tmp_path, policy, optimizer, {"iterations_done": 2})
+    checkpoints.save_last(tmp_path, policy, optimizer, None, 2)
 
-    again = policies.load(tmp_path / "last", device="cpu", bf16=False)
+    again = checkpoints.load_learner(tmp_path, policy)
     again.unet.to(memory_format=layout)
     optimizer_again = new_optimizer(again)
-    assert runs.load_checkpoint(tmp_path, optimizer_again) == {"iterations_done": 2}
+    checkpoints.restore(tmp_path, optimizer_again, None)
+    assert runs.iterations_done(tmp_path) == 2
     train_a_little(policy, optimizer)
     train_a_little(again, optimizer_again)
 
@@ -175,22 +236,23 @@ def test_checkpoint_continues_to_the_bit(new_policy, tmp_path, layout):
 
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_crash_between_the_two_renames_of_a_replacement_is_mended(
-    new_run, new_policy, monkeypatch, name
+    home, new_policy, monkeypatch, name
 ):
-    run = new_run()
-    home = runs.open_folder(run)
     first, second = new_policy(seed=1), new_policy(seed=2)
     optimizer = torch.optim.AdamW(first.unet.parameters())
 
     def save(policy):
         if name == "best":
-            runs.save_best(home, policy)
+            checkpoints.save_best(home, policy, 1, 0.5)
         else:
-            train_a_little(first, optimizer)
-            runs.save_checkpoint(home, policy, optimizer, {})
+            checkpoints.save_last(home, policy, optimizer, None, 1)
 
+    def kept():
+        return identity.fingerprint(policies.load(home / name, device="cpu"))
+
+    train_a_little(first, optimizer)
     save(first)
-    before = runs.fingerprint(str(home / name / "unet"))
+    before = kept()
     rename = Path.rename
 
     def crash(self, target):
@@ -203,16 +265,17 @@ def test_crash_between_the_two_renames_of_a_replacement_is_mended(
         save(second)
     assert not (home / name).exists()
 
-    runs.open_folder(run)
-    assert runs.fingerprint(str(home / name / "unet")) == before
+    runs.open_folder(home, IDENTITY, SETTINGS)
+    assert kept() == before
     save(second)
-    after = policies.load(home / name, device="cpu").unet.state_dict()
-    assert all(after[key].equal(value) for key, value in second.unet.state_dict().items())
+    assert kept() == identity.fingerprint(second) != before
+    assert not (home / f"{name}.previous").exists()
 
 
-def test_json_is_written_all_or_nothing(tmp_path):
-    file = tmp_path / "state.json"
-    runs.write_json(file, {"a": 1})
-    with pytest.raises(TypeError):
-        runs.write_json(file, {"a": object()})
-    assert json.loads(file.read_text()) == {"a": 1}
+def test_runs_are_read_without_torch(tmp_path):
+    """The batch looks at them before anything runs."""
+    import subprocess
+    import sys
+
+    code = "import sys; from ddpo_lib import runs, settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

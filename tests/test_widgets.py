@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_lib import widgets
+from ddpo_lib.book import widgets
 
 FRAMES = {
     name: np.full((4, 10, 3), value, np.uint8) for name, value in (("0", 0), ("5", 90), ("9", 200))

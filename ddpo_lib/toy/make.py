@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpo_lib import encoders, paths, policy, sampler
+from ddpo_lib import encoders, policy, sampler
 from ddpo_lib.toy import aesthetic, policies, quality, regressor
 from ddpo_lib.toy import encoders as toy_encoders
 from ddpo_lib.toy.training import draw
 
+TOY = Path(__file__).resolve().parents[2] / "data" / "toy"
 POLICY_STEPS = 4000
 N_POLICY, N_ENCODER, N_SAMPLES = 30_000, 20_000, 2000
 MINUTES = 50
@@ -59,7 +60,7 @@ def build_regressor(folder: Path) -> None:
 
 def build_aesthetic(folder: Path) -> None:
     drawn = [draw(domain, N_ENCODER, seed=5) for domain in ("faces", "churches")]
-    clip = encoders.load_clip(paths.TOY / "clip")
+    clip = encoders.load_clip(TOY / "clip")
     aesthetic.train_aesthetic_head(clip, drawn, folder, seed=5)
 
 
@@ -75,7 +76,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
 
 def build(name: str) -> None:
     """Build one model beside its place and move it there when it is whole."""
-    place, unfinished = paths.TOY / name, paths.TOY / f".{name}-unfinished"
+    place, unfinished = TOY / name, TOY / f".{name}-unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     started = time.monotonic()
@@ -104,8 +105,8 @@ def build_all() -> None:
 
 def sample(domain: str) -> np.ndarray:
     """Pictures from a policy with 40 DDIM steps and eta = 0: uint8 (N_SAMPLES, 32, 32, 3)."""
-    pol = policy.load(paths.TOY / domain)
-    x_T = sampler.noise(pol, N_SAMPLES, 6)
+    pol = policy.load(TOY / domain)
+    x_T = sampler.noise(pol, sampler.seeds(6, N_SAMPLES))
     x_0 = sampler.sample(
         pol, x_T, n_steps=40, eta=0.0, batch_size=250, progress=f"sampling {domain}"
     )
@@ -117,13 +118,13 @@ def write_quality() -> None:
     """Sample both policies, measure everything and write data/toy/quality.json."""
     result = quality.measure(
         {domain: sample(domain) for domain in ("faces", "churches")},
-        encoders.load_clip(paths.TOY / "clip"),
-        encoders.load_age_classifier(paths.TOY / "age"),
-        encoders.load_aesthetic_head(paths.TOY / "aesthetic"),
-        regressor.load_regressor(paths.TOY / "regressor"),
+        encoders.load_clip(TOY / "clip"),
+        encoders.load_age_classifier(TOY / "age"),
+        encoders.load_aesthetic_head(TOY / "aesthetic"),
+        regressor.load_regressor(TOY / "regressor"),
     )
     text = json.dumps(result, indent=2)
-    (paths.TOY / "quality.json").write_text(text + "\n")
+    (TOY / "quality.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -135,7 +136,7 @@ def main(names: list[str]) -> None:
             f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(BUILDERS)}, quality"
         )
     if not names:
-        print(f"Rebuilding {paths.TOY}: about {MINUTES} minutes on two cores.", flush=True)
+        print(f"Rebuilding {TOY}: about {MINUTES} minutes on two cores.", flush=True)
         build_all()
     for name in names:
         write_quality() if name == "quality" else build(name)

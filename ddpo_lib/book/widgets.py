@@ -16,22 +16,18 @@ WIDTH = 800
 
 
 def slide(frames: dict[str, np.ndarray], label: str) -> None:
-    """Show a slider that leafs through pictures which are drawn already.
+    """Show a slider, of what the label says, that leafs through pictures which are drawn already.
 
-    Only where a hand can reach it: saved by papermill or nbval it would be a dead widget, so there
-    a line of text stands for it.
-
-    Args:
-        frames: what the slider says, to its picture, uint8 (H, W, 3).
-        label: what the slider sets.
+    Frames are what the slider says, to its picture, uint8 (H, W, 3). Saved by papermill or nbval it
+    would be a dead widget, so without a hand that can reach it a line of text stands for it.
     """
     if not is_live():
-        print(f"[In JupyterLab a slider for {label} is here, from {' to '.join(_ends(frames))}.]")
+        ends = " to ".join([next(iter(frames)), next(reversed(frames))])
+        print(f"[In JupyterLab a slider for {label} is here, from {ends}.]")
         return
     options = [(name, _png(picture)) for name, picture in frames.items()]
-    slider = ipywidgets.SelectionSlider(
-        options=options, description=label, layout={"width": f"{WIDTH}px"}
-    )
+    layout = {"width": f"{WIDTH}px"}
+    slider = ipywidgets.SelectionSlider(options=options, description=label, layout=layout)
     picture = ipywidgets.Image(value=slider.value, format="png")
     link((slider, "value"), (picture, "value"))
     display(ipywidgets.VBox([slider, picture]))
@@ -44,16 +40,8 @@ def is_live() -> bool:
     return "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules or in_editor
 
 
-def _ends(frames: dict) -> tuple[str, str]:
-    names = list(frames)
-    return names[0], names[-1]
-
-
 def _png(picture: np.ndarray) -> bytes:
-    image = Image.fromarray(picture)
-    zoom = max(1, WIDTH // image.width)
-    buffer = io.BytesIO()
-    image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST).save(
-        buffer, format="PNG"
-    )
+    image, zoom, buffer = Image.fromarray(picture), max(1, WIDTH // picture.shape[1]), io.BytesIO()
+    large = image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST)
+    large.save(buffer, format="PNG")
     return buffer.getvalue()

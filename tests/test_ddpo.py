@@ -10,11 +10,14 @@ import torch
 from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from ddpo_lib import ppo, sampler
-from ddpo_lib.config import Finetune
+from ddpo_lib import experience, objectives, sampler
+from ddpo_lib.experience import Experience, learnable_steps, pairs, rescore
 from ddpo_lib.log_probs import log_prob
+from ddpo_lib.objectives import ddpo
 from ddpo_lib.policy import Policy, transition
+from ddpo_lib.settings import Finetune
 from ddpo_lib.toy.policies import new_unet
+from ddpo_lib.update import update as take_step
 
 # ------------------------------------------------------------------------------- advantages
 
@@ -22,7 +25,7 @@ from ddpo_lib.toy.policies import new_unet
 def test_advantages_are_standardised_over_the_iteration():
     values = torch.tensor([1.0, 2.0, 3.0, 10.0])
     expected = (values - 4) / math.sqrt((9 + 4 + 1 + 36) / 4)
-    assert_close(ppo.advantages(values, clip=5), expected)
+    assert_close(ddpo.advantages(values, clip=5), expected)
 
 
 def test_advantages_are_standardised_within_each_group():
@@ -30,24 +33,24 @@ def test_advantages_are_standardised_within_each_group():
     values = torch.tensor([1.0, 100.0, 3.0, 200.0, 5.0])
     groups = torch.tensor([7, 2, 7, 2, 7])
     expected = torch.tensor([-math.sqrt(1.5), -1.0, 0.0, 1.0, math.sqrt(1.5)])
-    assert_close(ppo.advantages(values, 5, groups), expected)
+    assert_close(ddpo.advantages(values, 5, groups), expected)
 
 
 def test_advantages_are_clamped_on_both_sides():
     values = torch.cat([torch.zeros(50), torch.tensor([-100.0, 100.0])])
-    advantage = ppo.advantages(values, clip=4.5)
+    advantage = ddpo.advantages(values, clip=4.5)
     assert advantage[-2:].tolist() == [-4.5, 4.5]
-    assert ppo.advantages(values, clip=10)[-1] == pytest.approx(math.sqrt(26), rel=1e-4)
+    assert ddpo.advantages(values, clip=10)[-1] == pytest.approx(math.sqrt(26), rel=1e-4)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -16.776])
 def test_equal_rewards_have_no_advantage(value):
-    assert (ppo.advantages(torch.full((7,), value), clip=4.5) == 0).all()
+    assert (ddpo.advantages(torch.full((7,), value), clip=4.5) == 0).all()
 
 
 def test_group_of_equal_rewards_leaves_the_others_alone():
     values = torch.tensor([5.0, 5.0, 1.0, 3.0])
-    advantage = ppo.advantages(values, 5, torch.tensor([0, 0, 1, 1]))
+    advantage = ddpo.advantages(values, 5, torch.tensor([0, 0, 1, 1]))
     assert_close(advantage, torch.tensor([0.0, 0.0, -1.0, 1.0]))
 
 
@@ -67,21 +70,20 @@ CASES = [
 
 @pytest.mark.parametrize("advantage, ratio, loss, gradient", CASES)
 def test_clipped_loss_by_hand(advantage, ratio, loss, gradient):
-    new = torch.tensor([math.log(ratio) - 7.0]).requires_grad_()
-    old, advantage = torch.tensor([-7.0]), torch.tensor([advantage])
-    value = ppo.ddpo_is_loss(new, old, advantage, 0.2)
+    log_ratio = torch.tensor([math.log(ratio)]).requires_grad_()
+    value = ddpo.is_loss(log_ratio, torch.tensor([advantage]), 0.2)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, rel=1e-5)
     if gradient == 0:
-        assert new.grad.item() == 0
+        assert log_ratio.grad.item() == 0
     else:
-        assert new.grad.item() == pytest.approx(gradient, rel=1e-5)
+        assert log_ratio.grad.item() == pytest.approx(gradient, rel=1e-5)
 
 
 def test_score_function_loss():
     new = torch.tensor([-1.0, -2.0, 3.0]).requires_grad_()
     advantage = torch.tensor([2.0, -3.0, 0.5])
-    loss = ppo.ddpo_sf_loss(new, torch.zeros(3), advantage, 1e-4)
+    loss = ddpo.sf_loss(new, advantage)
     loss.sum().backward()
     assert_close(loss.detach(), torch.tensor([2.0, -6.0, -1.5]))
     assert_close(new.grad, -advantage)
@@ -142,10 +144,15 @@ def quadratic(x_0):
 
 @pytest.fixture(scope="module")
 def chain():
-    policy = Policy(Constant(), DDPMScheduler(K, *BETAS, clip_sample=False), bf16=False)
-    x_T = sampler.noise(policy, N, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    return policy, sampler.rollout(policy, x_T, K, generator, ETA)
+    policy = Policy(
+        Constant(),
+        DDPMScheduler(
+            num_train_timesteps=K, beta_start=BETAS[0], beta_end=BETAS[1], clip_sample=False
+        ),
+        bf16=False,
+    )
+    x_T = torch.randn(N, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    return policy, sampler.rollout(policy, x_T, K, range(N), ETA, batch_size=N)
 
 
 def test_chain_has_the_moments_of_the_closed_form(chain):
@@ -157,23 +164,17 @@ def test_chain_has_the_moments_of_the_closed_form(chain):
 
 
 @pytest.mark.parametrize("reward", [linear, quadratic])
-@pytest.mark.parametrize("objective", ["ddpo_sf", "ddpo_is"])
-def test_policy_gradient_equals_the_closed_form(chain, objective, reward):
+@pytest.mark.parametrize("estimator", ["sf", "is"])
+def test_policy_gradient_equals_the_closed_form(chain, estimator, reward):
     policy, trajectory = chain
     _, B, sigma = coefficients()
     rewards, truth = reward(trajectory.x_0.view(-1))
-    advantage = ppo.advantages(rewards, clip=1e9)
-
-    settings = Finetune(
-        objective=objective, max_grad_norm=1e9, n_samples=N, minibatch_size=N, micro_batch=30_000
-    )
-    optimizer = torch.optim.SGD(policy.unet.parameters(), lr=0.0)
-    ppo.update(policy, optimizer, trajectory, advantage, settings, rate=0.0)
+    advantage = ddpo.advantages(rewards, clip=1e9)
+    update(policy, trajectory, advantage, micro_batch=30_000, estimator=estimator)
     ours = -policy.unet.theta.grad.item() * rewards.std(correction=0).item()
 
     # Exactly: theta's score is the sum over the actions of B z / sigma.
-    generator = torch.Generator().manual_seed(1)
-    z = np.stack([torch.randn(N, 1, 1, 1, generator=generator).view(-1) for _ in range(K - 1)])
+    z = (trajectory.states[1:] - trajectory.means).view(K, N)[:-1].numpy() / sigma[:-1, None]
     score = (B[:-1, None] / sigma[:-1, None] * z).sum(0)
     per_sample = (rewards - rewards.mean()).double().numpy() * score
     assert ours == pytest.approx(per_sample.mean(), rel=1e-3)
@@ -184,8 +185,8 @@ def test_policy_gradient_equals_the_closed_form(chain, objective, reward):
     assert error < 0.03 * abs(truth)
 
 
-@pytest.mark.parametrize("objective", ["ddpo_sf", "ddpo_is"])
-def test_policy_gradient_of_an_autoregressive_chain(objective):
+@pytest.mark.parametrize("estimator", ["sf", "is"])
+def test_policy_gradient_of_an_autoregressive_chain(estimator):
     """The same with the losses alone: x_{t-1} = a x_t + theta + sigma z, reward −(x_0 − c)²."""
     n, steps, a, c = 100_000, 4, 0.8, 2.0
     sigma = torch.tensor(0.5)
@@ -204,7 +205,11 @@ def test_policy_gradient_of_an_autoregressive_chain(objective):
     for k in range(steps):
         old = log_prob(x[k + 1], a * x[k] + theta.item(), sigma.expand(n), "sum")
         new = log_prob(x[k + 1], a * x[k] + theta, sigma.expand(n), "sum")
-        loss = loss + ppo.OBJECTIVES[objective](new, old, baselined, 1e-4).sum() / n
+        terms = {
+            "is": ddpo.is_loss(new - old, baselined, 1e-4),
+            "sf": ddpo.sf_loss(new, baselined),
+        }
+        loss = loss + terms[estimator].sum() / n
     loss.backward()
 
     per_sample = baselined * (z / sigma).sum(0).view(-1)
@@ -212,41 +217,6 @@ def test_policy_gradient_of_an_autoregressive_chain(objective):
     error = (per_sample.std() / math.sqrt(n)).item()
     assert abs(-theta.grad.item() - truth) < 4 * error
     assert error < 0.02 * abs(truth)
-
-
-# ------------------------------------------------------------------------------- learning rate
-
-
-def test_constant_learning_rate():
-    settings = Finetune(learning_rate=2e-5)
-    assert {ppo.learning_rate(i, settings) for i in range(settings.n_updates)} == {2e-5}
-
-
-def test_warmup_then_half_cosine():
-    settings = Finetune(
-        lr_schedule="warmup_cosine", learning_rate=1e-5, peak_learning_rate=9e-5,
-        n_iterations=41, n_samples=5, minibatch_size=5,
-    )  # fmt: skip
-    rate = [ppo.learning_rate(i, settings) for i in range(settings.n_updates)]
-    assert len(rate) == 41
-    assert rate[0] == pytest.approx(1e-5)
-    assert rate[5] == pytest.approx(5e-5)  # half-way up the straight line
-    assert rate[2] - rate[1] == pytest.approx(rate[9] - rate[8])
-    assert max(rate) == rate[10] == pytest.approx(9e-5)  # 25 % of the way
-    assert rate[20] == pytest.approx(1e-6 + 8.9e-5 * 0.75)  # a third of the cosine: cos 60° = ½
-    assert rate[25] == pytest.approx((9e-5 + 1e-6) / 2)  # half-way down
-    assert rate[40] == pytest.approx(1e-6)  # 0.1 × the initial rate
-    assert rate[10:] == sorted(rate[10:], reverse=True)
-
-
-def test_schedule_counts_inner_epochs():
-    settings = Finetune(n_iterations=3, n_samples=20, minibatch_size=5, n_inner_epochs=2)
-    assert settings.n_updates == 24
-
-
-def test_schedule_of_a_single_update():
-    settings = Finetune(lr_schedule="warmup_cosine", n_iterations=1, n_samples=5, minibatch_size=5)
-    assert math.isfinite(ppo.learning_rate(0, settings))
 
 
 # ------------------------------------------------------------------------------- ratios
@@ -258,21 +228,15 @@ def test_every_ratio_is_one_before_the_first_step(bf16, micro_batch):
     """The toy architecture; the rollout's batches and the update's differ in size and in steps."""
     torch.manual_seed(0)
     policy = Policy(new_unet().eval(), DDPMScheduler(1000, clip_sample=True), bf16)
-    x_T = sampler.noise(policy, 4, seed=0)
-    trajectory = sampler.rollout(policy, x_T, 20, torch.Generator().manual_seed(0), batch_size=4)
-
-    k, i = ppo.stochastic_pairs(policy, trajectory)
+    x_T = sampler.noise(policy, range(4))
+    trajectory = sampler.rollout(policy, x_T, 20, range(4), batch_size=4)
+    rows = pairs(learnable_steps(trajectory.stds), torch.arange(4))[:, 0]
+    assert len(rows) == 19 * 4
     with torch.no_grad():
-        new = torch.cat(
-            [
-                ppo.score(policy, trajectory, *pair)
-                for pair in zip(k.split(micro_batch), i.split(micro_batch), strict=True)
-            ]
-        )
-
-    assert len(new) == 19 * 4
-    ratio = (new - trajectory.log_probs[k, i]).exp()
-    assert (ratio - 1).abs().max() < 1e-5
+        for part in rows.split(micro_batch):
+            new = rescore(policy, trajectory, *part.unbind(-1))
+            assert (new.log_ratio.exp() - 1).abs().max() < 1e-5
+            assert new.kl.max() < 1e-2
 
 
 # ------------------------------------------------------------------------------- update
@@ -281,8 +245,7 @@ n, STEPS = 6, 5
 
 
 def rollout(policy, reduction="mean", eta=1.0):
-    x_T = sampler.noise(policy, n, seed=3)
-    return sampler.rollout(policy, x_T, STEPS, torch.Generator().manual_seed(4), eta, reduction)
+    return sampler.rollout(policy, sampler.noise(policy, range(n)), STEPS, range(n), eta, reduction)
 
 
 def shift(trajectory, by):
@@ -290,16 +253,26 @@ def shift(trajectory, by):
     return dataclasses.replace(trajectory, log_probs=trajectory.log_probs - by)
 
 
-def settings_for(**changes):
-    return Finetune(
-        **{"n_samples": n, "minibatch_size": n, "clip_range": 0.1, "max_grad_norm": 1e9} | changes
-    )
-
-
-def update(policy, trajectory, advantage, rate=0.0, **changes):
+def update(
+    policy, trajectory, advantage, rate=0.0, steps=None, min_std=0.0, micro_batch=200,
+    max_grad_norm=1e9, optimizer=None, **changes,
+):  # fmt: skip
     """One update and the gradient that it used, flat; with rate 0 the weights stay."""
-    optimizer = torch.optim.AdamW(policy.unet.parameters(), weight_decay=0.0)
-    metrics = ppo.update(policy, optimizer, trajectory, advantage, settings_for(**changes), rate)
+    optimizer = optimizer or torch.optim.AdamW(policy.unet.parameters(), weight_decay=0.0)
+    learnable = learnable_steps(trajectory.stds, min_std)
+    seen = Experience(trajectory, advantage, learnable)
+    settings = ddpo.Settings(**{"clip_range": 0.1} | changes)
+    rows = pairs(learnable if steps is None else steps, torch.arange(len(advantage)))
+    metrics = take_step(
+        policy.unet,
+        optimizer,
+        rows,
+        lambda part: ddpo.loss(policy, seen, part, advantage, settings, None),
+        n_units=len(rows),
+        micro_batch=micro_batch,
+        max_grad_norm=max_grad_norm,
+        rate=rate,
+    )
     return metrics, flat(policy)
 
 
@@ -315,8 +288,8 @@ def off_policy(seed=5, scale=0.2):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 200])
-@pytest.mark.parametrize("objective", ["ddpo_is", "ddpo_sf"])
-def test_folded_update_equals_the_loop_over_timesteps(policy, objective, micro_batch):
+@pytest.mark.parametrize("estimator", ["is", "sf"])
+def test_folded_update_equals_the_loop_over_timesteps(policy, estimator, micro_batch):
     trajectory = shift(rollout(policy), off_policy())
 
     policy.unet.zero_grad()
@@ -325,7 +298,7 @@ def test_folded_update_equals_the_loop_over_timesteps(policy, objective, micro_b
         t, t_prev = (value[k].expand(n) for value in (trajectory.timesteps, trajectory.t_prev))
         step = transition(policy, trajectory.states[k], t, t_prev)
         new = log_prob(trajectory.states[k + 1], step.mean, step.std)
-        if objective == "ddpo_is":
+        if estimator == "is":
             rho = (new - trajectory.log_probs[k]).exp()
             terms = torch.max(-ADVANTAGE * rho, -ADVANTAGE * rho.clip(0.9, 1.1))
         else:
@@ -335,21 +308,21 @@ def test_folded_update_equals_the_loop_over_timesteps(policy, objective, micro_b
     expected = flat(policy)
 
     metrics, ours = update(
-        policy, trajectory, ADVANTAGE, objective=objective, micro_batch=micro_batch
+        policy, trajectory, ADVANTAGE, estimator=estimator, micro_batch=micro_batch
     )
     assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert metrics.loss == pytest.approx(total, rel=1e-4)
-    assert metrics.grad_norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(total, rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["ddpo_is", "ddpo_sf"])
-def test_mean_over_timesteps_is_the_sum_divided_by_the_actions(policy, objective):
+@pytest.mark.parametrize("estimator", ["is", "sf"])
+def test_mean_over_timesteps_is_the_sum_divided_by_the_actions(policy, estimator):
     trajectory = rollout(policy)
     (total, summed), (average, averaged) = (
-        update(policy, trajectory, ADVANTAGE, loss_reduction=how, objective=objective)
+        update(policy, trajectory, ADVANTAGE, loss_reduction=how, estimator=estimator)
         for how in ("sum", "mean")
     )
-    assert average.loss == pytest.approx(total.loss / (STEPS - 1), rel=1e-5)
+    assert average["loss"] == pytest.approx(total["loss"] / (STEPS - 1), rel=1e-5)
     assert_close(averaged, summed / (STEPS - 1), rtol=1e-4, atol=1e-7)
 
 
@@ -376,44 +349,59 @@ def test_metrics_by_hand(policy, micro_batch):
     metrics, _ = update(policy, shift(rollout(policy), by), ADVANTAGE, micro_batch=micro_batch)
 
     ratios = [math.exp(x) for x in (0.3, -0.3, 0.05, 1.0)]
-    assert metrics.clip_fraction == pytest.approx(3 / n_pairs)
-    assert metrics.mean_ratio == pytest.approx(1 + sum(r - 1 for r in ratios) / n_pairs, rel=1e-5)
-    kl = sum(r - 1 - math.log(r) for r in ratios)
-    assert metrics.approx_kl == pytest.approx(kl / n, rel=1e-3)
+    assert metrics["clip_fraction"] == pytest.approx(3 / n_pairs)
+    assert metrics["mean_ratio"] == pytest.approx(
+        1 + sum(r - 1 for r in ratios) / n_pairs, rel=1e-5
+    )
     clipped = [1.1, 0.9, ratios[2], ratios[3]]  # for advantages of 1.5, −0.5, 0.2 and −2.0
     terms = -ADVANTAGE.sum() * (STEPS - 1)
     terms -= sum(a * (r - 1) for a, r in zip(ADVANTAGE[:4], clipped, strict=True))
-    assert metrics.loss == pytest.approx(terms.item() / n, rel=1e-4)
+    assert metrics["loss"] == pytest.approx(terms.item() / n, rel=1e-4)
 
 
 def test_on_policy_metrics(policy):
     metrics, _ = update(policy, rollout(policy), ADVANTAGE, rate=1e-3, clip_range=1e-4)
-    assert metrics.mean_ratio == pytest.approx(1, abs=1e-6)
-    assert metrics.clip_fraction == 0
-    assert abs(metrics.approx_kl) < 1e-5
-    assert metrics.learning_rate == 1e-3
+    assert metrics["mean_ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    assert 0 <= metrics["kl"] < 1e-6
+    assert metrics["learning_rate"] == 1e-3
 
 
 def test_update_makes_good_actions_likelier_and_bad_ones_less_likely(policy):
     """And the next update of the same trajectories sees it."""
     trajectory = rollout(policy)
     optimizer = torch.optim.AdamW(policy.unet.parameters())
-    settings = settings_for(clip_range=1e-4, max_grad_norm=1.0)
-    ppo.update(policy, optimizer, trajectory, ADVANTAGE, settings, rate=1e-4)
-    k, i = ppo.stochastic_pairs(policy, trajectory)
+    same = {"optimizer": optimizer, "clip_range": 1e-4, "max_grad_norm": 1.0, "rate": 1e-4}
+    update(policy, trajectory, ADVANTAGE, **same)
+    k, i = pairs(learnable_steps(trajectory.stds), torch.arange(n))[:, 0].unbind(-1)
     with torch.no_grad():
-        change = ppo.score(policy, trajectory, k, i) - trajectory.log_probs[k, i]
-    assert (change * ADVANTAGE[i]).sum() > 0
-    second = ppo.update(policy, optimizer, trajectory, ADVANTAGE, settings, rate=1e-4)
-    assert second.clip_fraction > 0.1
-    assert second.approx_kl > 0
+        change = rescore(policy, trajectory, k, i)
+    assert (change.log_ratio * ADVANTAGE[i]).sum() > 0
+    second, _ = update(policy, trajectory, ADVANTAGE, **same)
+    assert second["clip_fraction"] > 0.1
+    assert second["kl"] == pytest.approx(change.kl.sum().item() / n, rel=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_kl_is_exact_and_in_nats_whatever_the_reduction(policy, new_policy, reduction):
+    """Of the whole trajectory, against torch's own divergence of two Gaussians."""
+    trajectory, other = rollout(policy, reduction), new_policy(seed=1)
+    metrics, _ = update(other, trajectory, ADVANTAGE)
+    expected = 0.0
+    for k in range(STEPS - 1):
+        t, t_prev = (value[k].expand(n) for value in (trajectory.timesteps, trajectory.t_prev))
+        old, new = (transition(each, trajectory.states[k], t, t_prev) for each in (policy, other))
+        old, new = (torch.distributions.Normal(p.mean, trajectory.stds[k]) for p in (old, new))
+        expected += torch.distributions.kl_divergence(old, new).sum().item() / n
+    assert metrics["kl"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1
 
 
 @pytest.mark.parametrize("limit, scaled", [(1e9, False), (1e-3, True)])
 def test_gradient_is_rescaled_to_the_largest_norm(policy, limit, scaled):
     metrics, gradient = update(policy, rollout(policy), ADVANTAGE, max_grad_norm=limit)
-    assert metrics.grad_norm > 1e-3  # reported as it was before
-    norm = limit if scaled else metrics.grad_norm
+    assert metrics["grad_norm"] > 1e-3  # reported as it was before
+    norm = limit if scaled else metrics["grad_norm"]
     assert gradient.norm().item() == pytest.approx(norm, rel=1e-3)
 
 
@@ -433,7 +421,7 @@ def test_gradient_that_is_not_finite_is_an_error_and_updates_nothing(policy, bad
     advantage = ADVANTAGE.clone()
     advantage[2] = bad
     with pytest.raises(FloatingPointError, match=r"nothing was updated. Lower the learning rate"):
-        ppo.update(policy, optimizer, rollout(policy), advantage, settings_for(), rate=1e-3)
+        update(policy, rollout(policy), advantage, rate=1e-3, optimizer=optimizer)
     for name, value in policy.unet.state_dict().items():
         assert value.equal(before[name]), name
     assert not optimizer.state
@@ -447,23 +435,17 @@ def test_deterministic_trajectories_are_an_error(policy):
 def test_steps_up_to_min_std_are_not_learned_from(policy):
     """Their terms are missing from the sum, whatever their log-probabilities were."""
     trajectory = rollout(policy)
-    std = [
-        transition(policy, x_t[:1], t.view(1), prev.view(1)).std.item()
-        for x_t, t, prev in zip(
-            trajectory.states, trajectory.timesteps, trajectory.t_prev, strict=False
-        )
-    ]
+    std = trajectory.stds.tolist()
     threshold = sorted(std)[2]  # the deterministic step, and the two least noisy ones
     left = [k for k, value in enumerate(std) if value > threshold]
     assert len(left) == len(std) - 3
-    k, i = ppo.stochastic_pairs(policy, trajectory, threshold)
-    n = len(ADVANTAGE)
-    assert k.unique().tolist() == left and len(k) == len(left) * n
+    assert learnable_steps(trajectory.stds, threshold).tolist() == left
 
     _, gradient = update(policy, trajectory, ADVANTAGE, min_std=threshold)
     policy.unet.zero_grad()
-    new = ppo.score(policy, trajectory, k, i)
-    ppo.ddpo_is_loss(new, trajectory.log_probs[k, i], ADVANTAGE[i], 1e9).sum().div(n).backward()
+    k, i = pairs(torch.tensor(left), torch.arange(n))[:, 0].unbind(-1)
+    new = rescore(policy, trajectory, k, i)
+    ddpo.is_loss(new.log_ratio, ADVANTAGE[i], 1e9).sum().div(n).backward()
     expected = torch.cat([p.grad.view(-1) for p in policy.unet.parameters()])
     assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
@@ -474,30 +456,30 @@ def test_min_std_above_every_step_is_an_error(policy):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_gradient_of_drawn_steps_is_right_on_average(policy, monkeypatch, reduction):
+def test_gradient_of_drawn_steps_is_right_on_average(policy, reduction):
     """Over all ways to draw one step: without bias."""
-    trajectory = rollout(policy)
-    steps = ppo.stochastic_steps(policy, trajectory)
+    trajectory = shift(rollout(policy), off_policy())
+    steps = learnable_steps(trajectory.stds)
     whole, expected = update(policy, trajectory, ADVANTAGE, loss_reduction=reduction)
-    parts = []
-    for step in steps:
-        monkeypatch.setattr(ppo, "draw_steps", lambda *_, step=step: step.view(1))
-        parts.append(update(policy, trajectory, ADVANTAGE, loss_reduction=reduction))
+    parts = [
+        update(policy, trajectory, ADVANTAGE, steps=step.view(1), loss_reduction=reduction)
+        for step in steps
+    ]
     mean = sum(gradient for _, gradient in parts) / len(steps)
     assert_close(mean, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    for name in ("loss", "approx_kl"):
-        values = [getattr(metrics, name) for metrics, _ in parts]
-        assert np.mean(values) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
+    for name in ("loss", "kl", "mean_ratio"):
+        values = [metrics[name] for metrics, _ in parts]
+        assert np.mean(values) == pytest.approx(whole[name], rel=1e-4, abs=1e-6)
 
 
 def test_drawn_steps_are_a_random_share():
     steps = torch.tensor([2, 3, 5, 7, 11])
-    assert ppo.draw_steps(steps, 1, None) is steps
+    assert experience.draw_steps(steps, 1, None) is steps
     generator = torch.Generator().manual_seed(0)
-    draws = [ppo.draw_steps(steps, 0.4, generator).tolist() for _ in range(100)]
+    draws = [experience.draw_steps(steps, 0.4, generator).tolist() for _ in range(100)]
     assert all(len(set(draw)) == len(draw) == 2 for draw in draws)
     assert set(sum(draws, [])) == set(steps.tolist())
-    assert ppo.draw_steps(steps, 0.01, generator).tolist()[0] in steps
+    assert experience.draw_steps(steps, 0.01, generator).tolist()[0] in steps
 
 
 def test_checkpointed_gradient_is_the_same(policy):
@@ -509,14 +491,89 @@ def test_checkpointed_gradient_is_the_same(policy):
     assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_selected_trajectories(policy):
-    """A mini-batch keeps each sample's states and log-probabilities together."""
-    trajectory = rollout(policy)
-    some = ppo.select(trajectory, torch.tensor([4, 1]))
-    assert some.states.equal(trajectory.states[:, [4, 1]])
-    assert some.log_probs.equal(trajectory.log_probs[:, [4, 1]])
-    assert some.timesteps.equal(trajectory.timesteps)
-    k, i = ppo.stochastic_pairs(policy, some)
-    with torch.no_grad():
-        replayed = ppo.score(policy, some, k, i)
-    assert_close(replayed, some.log_probs[k, i], rtol=1e-5, atol=1e-5)
+# ------------------------------------------------------------------------------- units
+
+
+def units_of(n_samples, **changes):
+    loop = Finetune(n_samples=n_samples, n_steps=6, **changes)
+    own = ddpo.Settings(advantage_scope=changes.pop("scope", "iteration"))
+    seen = Experience(None, torch.arange(n_samples).float(), torch.tensor([0, 1, 3]))
+    return ddpo.units(seen, own, loop, torch.Generator().manual_seed(0))
+
+
+def test_every_decision_is_a_unit_of_one_mini_batch():
+    batches = units_of(12, minibatch_size=4)
+    assert [rows.shape for rows in batches] == [(12, 1, 2)] * 3
+    decisions = [tuple(row) for rows in batches for row in rows[:, 0].tolist()]
+    assert sorted(decisions) == [(k, i) for k in (0, 1, 3) for i in range(12)]
+    samples = [rows[:, 0, 1].unique().tolist() for rows in batches]
+    assert [len(each) for each in samples] == [4, 4, 4]
+    assert sum(samples, []) != list(range(12))  # in random order
+
+
+def test_mini_batches_of_the_published_scope_are_consecutive_samples():
+    seen = Experience(None, torch.arange(12).float(), torch.tensor([0]))
+    own, loop = ddpo.Settings(advantage_scope="minibatch"), Finetune(n_samples=12, minibatch_size=4)
+    order = [ddpo.units(seen, own, loop, torch.Generator().manual_seed(seed)) for seed in range(9)]
+    starts = {tuple(rows[0, 0, 1].item() for rows in batches) for batches in order}
+    assert all(sorted(each) == [0, 4, 8] for each in starts) and len(starts) > 2
+    for batches in order:
+        for rows in batches:
+            samples = rows[:, 0, 1].tolist()
+            assert samples == list(range(samples[0], samples[0] + 4))
+
+
+def test_credit_of_both_scopes():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    seen, loop = Experience(None, rewards, None), Finetune(n_samples=4, minibatch_size=2)
+    over_all = ddpo.credit(seen, ddpo.Settings(), loop, None)
+    assert_close(over_all, ((rewards - rewards.mean()) / rewards.std(correction=0)))
+    within = ddpo.credit(seen, ddpo.Settings(advantage_scope="minibatch"), loop, None)
+    assert_close(within, torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    grouped = Experience(None, rewards, None, groups=torch.tensor([0, 1, 0, 1]))
+    assert_close(ddpo.credit(grouped, ddpo.Settings(), loop, None), torch.tensor([-1, -1, 1, 1.0]))
+
+
+def test_settings_that_do_not_go_together_are_refused_before_anything_runs():
+    many, one = Finetune(n_samples=4, minibatch_size=2), Finetune(n_samples=4, minibatch_size=4)
+    with pytest.raises(
+        ValueError, match="one update per rollout: set minibatch_size to n_samples, 4"
+    ):
+        ddpo.helpers(None, ddpo.Settings(estimator="sf"), many)
+    assert ddpo.helpers(None, ddpo.Settings(estimator="sf"), one) is None
+    single = Finetune(n_samples=4, minibatch_size=1)
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        ddpo.helpers(None, ddpo.Settings(advantage_scope="minibatch"), single)
+    assert ddpo.helpers(None, ddpo.Settings(), single) is None
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("clip_range", -0.01), ("clip_range", math.nan), ("clip_range", 0.0), ("clip_range", True),
+        ("clip_range", 2.0), ("advantage_clip", -1.0), ("advantage_clip", 0.0),
+        ("advantage_clip", math.inf), ("estimator", "ppo"), ("advantage_scope", "batch"),
+        ("loss_reduction", "none"), ("clip_range", "0.1"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(name, bad):
+    with pytest.raises(ValueError, match=name):
+        ddpo.Settings(**{name: bad})
+
+
+# ------------------------------------------------------------------------------- modules
+
+
+def test_objectives_by_name_and_as_modules():
+    assert objectives.load("ddpo") is ddpo
+    assert objectives.load("ddpo_lib.objectives.ddpo") is ddpo
+    assert objectives.load(ddpo) is ddpo
+
+
+def test_what_is_no_objective_is_refused():
+    with pytest.raises(ValueError, match="cannot import the objective 'ppo2'"):
+        objectives.load("ppo2")
+    with pytest.raises(ValueError, match=r"lacks \['helpers', 'credit', 'units', 'loss'\]"):
+        objectives.load(SimpleNamespace(__name__="mine", Settings=ddpo.Settings))
+    with pytest.raises(ValueError, match="lacks"):
+        objectives.load("json.decoder")

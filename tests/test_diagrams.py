@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from ddpo_lib import drawings, figures, shapes
+from ddpo_lib.book import diagrams, figures, shapes
 
 K, N = 10, 4
 STATES = np.random.default_rng(0).integers(256, size=(K + 1, N, 8, 8, 3)).astype(np.uint8)
 REWARDS = [0.81, -0.4, 12.25, 3.0]
 
 DIAGRAMS = {
-    "loop": drawings.loop,
-    "loop of pictures": lambda: drawings.loop(STATES[-1], REWARDS),
-    "reparameterisation": drawings.reparameterisation,
-    "ddim_chain": drawings.ddim_chain,
-    "ddim_chain of pictures": lambda: drawings.ddim_chain(STATES[:4, 0]),
-    "mdp": drawings.mdp,
-    "denoising_mdp": lambda: drawings.denoising_mdp(STATES[:, 0]),
-    "reward_finetuning": drawings.reward_finetuning,
-    "reward_finetuning of pictures": lambda: drawings.reward_finetuning(STATES, REWARDS),
+    "loop": diagrams.loop,
+    "loop of pictures": lambda: diagrams.loop(STATES[-1], REWARDS),
+    "reparameterisation": diagrams.reparameterisation,
+    "ddim_chain": diagrams.ddim_chain,
+    "ddim_chain of pictures": lambda: diagrams.ddim_chain(STATES[:4, 0]),
+    "mdp": diagrams.mdp,
+    "denoising_mdp": lambda: diagrams.denoising_mdp(STATES[:, 0]),
+    "reward_finetuning": diagrams.reward_finetuning,
+    "reward_finetuning of pictures": lambda: diagrams.reward_finetuning(STATES, REWARDS),
 }
 
 
@@ -64,7 +64,7 @@ def test_no_text_is_clipped_or_on_another_text_or_picture(name):
 
 def test_saving_says_nothing(tmp_path, recwarn, caplog):
     """A warning would stand in the notebook."""
-    fig = drawings.reparameterisation()
+    fig = diagrams.reparameterisation()
     for name in ("diagram.png", "diagram.pdf", "again.png"):
         fig.savefig(tmp_path / name)
     assert not recwarn.list and not caplog.records
@@ -108,7 +108,7 @@ def test_arrows_touch_what_they_join_and_their_text_is_beside_them(bend):
 
 
 def test_loop_shows_pictures_with_their_rewards():
-    fig = drawings.loop(STATES[-1], REWARDS)
+    fig = diagrams.loop(STATES[-1], REWARDS)
     assert np.array_equal(shown(fig), STATES[-1, :3])
     labels = [text.get_text() for text in texts(fig)]
     assert [label for label in labels if "r =" in label] == [
@@ -119,11 +119,11 @@ def test_loop_shows_pictures_with_their_rewards():
 @pytest.mark.parametrize("steps, expected", [(4, [0, 1, 2, 3, 4]), (10, [0, 1, 8, 9, 10])])
 def test_denoising_mdp_shows_neighbours(steps, expected):
     states = STATES[: steps + 1, 0]
-    assert np.array_equal(shown(drawings.denoising_mdp(states)), states[expected])
+    assert np.array_equal(shown(diagrams.denoising_mdp(states)), states[expected])
 
 
 def test_reward_finetuning_shows_whole_trajectories():
-    fig = drawings.reward_finetuning(STATES, REWARDS)
+    fig = diagrams.reward_finetuning(STATES, REWARDS)
     expected = [STATES[k, n] for n in range(3) for k in (0, 7, K)]
     assert np.array_equal(shown(fig), expected)
     labels = [text.get_text() for text in texts(fig)]
@@ -132,12 +132,12 @@ def test_reward_finetuning_shows_whole_trajectories():
 
 def test_pictures_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match=r"float64 \(4, 8, 8, 3\): must be uint8 \(n, H, W, 3\)"):
-        drawings.loop(STATES[-1] / 255)
+        diagrams.loop(STATES[-1] / 255)
     with pytest.raises(ValueError, match="2 pictures: this diagram shows at least 3"):
-        drawings.loop(STATES[-1, :2])
+        diagrams.loop(STATES[-1, :2])
     with pytest.raises(ValueError, match="3 rewards for 4 pictures"):
-        drawings.loop(STATES[-1], REWARDS[:3])
+        diagrams.loop(STATES[-1], REWARDS[:3])
     with pytest.raises(ValueError, match="4 pictures: this diagram shows at least 5"):
-        drawings.denoising_mdp(STATES[:4, 0])
+        diagrams.denoising_mdp(STATES[:4, 0])
     with pytest.raises(ValueError, match=r"\(8, 8, 3\): must be .* at each of K steps"):
-        drawings.reward_finetuning(STATES[0])
+        diagrams.reward_finetuning(STATES[0])

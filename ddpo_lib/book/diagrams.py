@@ -9,34 +9,16 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ddpo_lib.shapes import (
-    BLUE,
-    FAINT,
-    FILL,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    Shape,
-    arrow,
-    box,
-    canvas,
-    check,
-    circle,
-    dots,
-    picture,
-    states_row,
-    top,
-    write,
-)
+from ddpo_lib.book.shapes import (  # isort: skip
+    BLUE, FAINT, FILL, GREEN, GREY, INK, ORANGE, Shape,
+    arrow, box, canvas, check, circle, dots, picture, states_row, top, write,
+)  # fmt: skip
 
 
 def loop(pictures: np.ndarray | None = None, rewards: Sequence[float] | None = None) -> plt.Figure:
     """Figure 1.1: generate samples, score them, estimate the gradient, improve the policy, again.
 
-    Args:
-        pictures: uint8 (n, H, W, 3), n >= 3 samples; the first three are shown.
-        rewards: one for each of `pictures`.
+    Of pictures, uint8 (n, H, W, 3), the first three are shown, with their rewards (n,).
     """
     check(pictures, "(n, H, W, 3)", 3, rewards)
     fig, ax = canvas(7.4, 2.65)
@@ -108,8 +90,7 @@ def reparameterisation() -> plt.Figure:
 def ddim_chain(pictures: np.ndarray | None = None) -> plt.Figure:
     """Figure 2.7: a sampler that skips steps, and the forward process that allows it.
 
-    Args:
-        pictures: uint8 (4, H, W, 3), states from x_3 (noisy) to x_0, shown as the nodes.
+    Pictures, uint8 (4, H, W, 3), are the states from x_3 (noisy) to x_0.
     """
     check(pictures, "(4, H, W, 3)", 4)
     fig, ax = canvas(7.4, 2.15)
@@ -165,9 +146,8 @@ def mdp() -> plt.Figure:
 def denoising_mdp(states: np.ndarray) -> plt.Figure:
     """Figure 4.1: one denoising trajectory as an episode; its only reward comes at the end.
 
-    Args:
-        states: uint8 (K + 1, H, W, 3), K >= 4: every state of a trajectory, noise first. Shown are
-            the first two, two neighbours after four fifths of the way, and the last.
+    Of its states, uint8 (K + 1, H, W, 3) with K >= 4, noise first, the first two are shown, two
+    neighbours after four fifths of the way, and the last.
     """
     check(states, "(K + 1, H, W, 3)", 5)
     K = len(states) - 1
@@ -194,10 +174,8 @@ def reward_finetuning(
 ) -> plt.Figure:
     """Figure 4.2: collect trajectories with rewards, then update the policy from them, again.
 
-    Args:
-        states: uint8 (K, N, H, W, 3), states of N >= 3 trajectories, noise first. Of the first
-            three trajectories the first state, one at two thirds, and the last are shown.
-        rewards: of the N trajectories.
+    Of the first three trajectories of `states`, uint8 (K, N, H, W, 3), noise first, the first state
+    is shown, one at two thirds, and the last; with their rewards, of (N,).
     """
     if states is not None:
         check(states[0], "(N, H, W, 3) at each of K steps", 3, rewards)

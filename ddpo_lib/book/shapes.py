@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
-from ddpo_lib.figures import interpolation
+from ddpo_lib.book.figures import interpolation
 
 INK, FAINT = "#333333", "#848a94"
 GREY, BLUE, ORANGE, GREEN = "#5e6472", "#0077bb", "#d95f02", "#117733"
@@ -16,14 +16,12 @@ FILL = {GREY: "#eef0f2", BLUE: "#ddecf6", ORANGE: "#fdeadb", GREEN: "#e0f0e4"}
 
 @dataclass(frozen=True)
 class Shape:
-    """Something on the canvas that arrows start from and end at."""
+    """Something that arrows start from and end at: at the edge of its patch, or, if that is None,
+    at its centre (x, y), in inches from the lower left."""
 
     patch: Patch | None
-    """Where arrows end; None: at the centre."""
     x: float
-    """Of its centre, inches from the left."""
     y: float
-    """Of its centre, inches from below."""
 
 
 def canvas(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
@@ -68,17 +66,13 @@ def picture(ax, x, y, image: np.ndarray, size: float = 0.7) -> Shape:
 
 
 def arrow(ax, a: Shape, b: Shape, text="", at=(0, 0.14), bend=0.0, color=INK, **look) -> None:
-    """An arrow from `a` to `b` along an arc, with a text near its middle.
+    """An arrow from `a` to `b`, with a text `at` inches (right, up) from its middle.
 
-    Args:
-        at: (right, up) from the middle of the arc to the text, inches.
-        bend: height of the arc's control point over its length; a positive one bends the arrow to
-            its right.
+    It is an arc whose control point is `bend` of its length off the straight line, to its right.
     """
     look = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "shrinkA": 2, "shrinkB": 2} | look
     ends = {"posA": (a.x, a.y), "posB": (b.x, b.y), "patchA": a.patch, "patchB": b.patch}
-    curve = f"arc3,rad={bend}"
-    ax.add_patch(FancyArrowPatch(**ends, connectionstyle=curve, color=color, **look))
+    ax.add_patch(FancyArrowPatch(**ends, connectionstyle=f"arc3,rad={bend}", color=color, **look))
     x = (a.x + b.x + bend * (b.y - a.y)) / 2 + at[0]
     y = (a.y + b.y - bend * (b.x - a.x)) / 2 + at[1]
     write(ax, x, y, text, 8, color)

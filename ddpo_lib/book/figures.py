@@ -1,0 +1,154 @@
+"""One style, and one way to the disk: every figure is saved with its provenance."""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from filelock import FileLock
+
+from ddpo_lib import runs
+from ddpo_lib.book import paths
+
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "matplotlib")
+
+PALETTE = {
+    "pretrained": "#5e6472", "aesthetic": "#aa4499", "compressibility": "#0077bb",
+    "incompressibility": "#ee7733", "over50": "#117733",
+}  # fmt: skip
+"""One colour a task, distinguishable in colour-blind eyes (Paul Tol's palettes)."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A running notebook, for the provenance of what it saves: its file's stem, its profile, every
+    parameter with its value in this run, and the names of those that papermill was given."""
+
+    notebook: str
+    profile: str
+    parameters: dict
+    given: frozenset = frozenset()
+
+
+def use_style() -> None:
+    """The style of every figure, whatever a matplotlibrc says: see config/figures.mplstyle."""
+    import seaborn as sns  # takes a second
+
+    plt.rcdefaults()
+    sns.set_theme(context="paper", style="ticks", font_scale=1.1)
+    plt.style.use(paths.CONFIG / "figures.mplstyle")
+
+
+def save(fig: plt.Figure, name: str, page: Page, source_runs: list[str] = ()) -> Path:
+    """Save a figure as PNG and PDF under figures/<profile>/ and enter it in the manifest.
+
+    The name is a public one, see `identifier`; the page is what `notebook.begin` gave; source_runs
+    are the names of the runs whose data the figure shows. Returns the PNG's path.
+    """
+    png, pdf = _file(name, "png", page), _file(name, "pdf", page)
+    with runs.replacing(png) as draft_png, runs.replacing(pdf) as draft_pdf:
+        # Without a date the same figure is the same file.
+        fig.savefig(draft_png, metadata={"Software": None})
+        fig.savefig(draft_pdf, metadata={"CreationDate": None})
+    _record(name, [png, pdf], page, source_runs)
+    return png
+
+
+def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Path:
+    """Save a DataFrame as <name>.csv under figures/<profile>/ and enter it in the manifest."""
+    file = _file(name, "csv", page)
+    with runs.replacing(file) as draft:
+        table.to_csv(draft, index=False, encoding="utf-8")
+    _record(name, [file], page, source_runs)
+    return file
+
+
+def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int) -> None:
+    """Draw uint8 pictures (N, H, W, C) side by side on an axis, `columns` in a row."""
+    ax.imshow(tile(pictures, columns), interpolation=interpolation(pictures[0]))
+    ax.set_axis_off()
+
+
+def interpolation(picture: np.ndarray) -> str:
+    """For imshow of a picture (H, W, C): small ones show their pixels, of large ones there are more
+    than a figure has."""
+    return "nearest" if picture.shape[0] <= 64 else "antialiased"
+
+
+def tile(pictures: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
+    """uint8 pictures (N, H, W, C) → one, `columns` in a row, with `gap` white pixels between."""
+    n, height, width, channels = pictures.shape
+    shape = (-(-n // columns), columns, height + gap, width + gap, channels)
+    tiles = np.full(shape, 255, np.uint8)
+    tiles.reshape(-1, *shape[2:])[:n, :height, :width] = pictures
+    canvas = tiles.swapaxes(1, 2).reshape(shape[0] * shape[2], columns * shape[3], channels)
+    return canvas[: len(canvas) - gap, : canvas.shape[1] - gap]
+
+
+def identifier(name: str) -> str:
+    """The artefact's number in the thesis: "fig_5_3_learning_curves" → "5.3", "table_5_1" →
+    "table 5.1", "fig_b_1_…" → "B.1". What the thesis does not have is named after its notebook:
+    "extra_54_factor_shifts" → "extra 54". ValueError for other names."""
+    numbered, slug = r"(fig|table)_(\d+|[a-d])_(\d+)(?:_[a-z0-9_]+)?", "[a-z0-9_]+"
+    match = re.fullmatch(f"{numbered}|(extra)_([0-9][0-9])_{slug}", name, re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"{name!r} is no artefact's name: use fig_<chapter>_<number>_<slug>, "
+            "table_<chapter>_<number> or extra_<notebook>_<slug>"
+        )
+    kind, chapter, number, extra, notebook = match.groups()
+    if extra:
+        return f"extra {notebook}"
+    return f"{'table ' if kind == 'table' else ''}{chapter.upper()}.{number}"
+
+
+def code_hash(notebook: str) -> str:
+    """sha256 of a notebook's code cells: whether a figure is what the notebook now draws."""
+    file = paths.NOTEBOOKS / f"{notebook}.ipynb"
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def manifest() -> list[dict]:
+    """The entries of figures/manifest.json whose files are there. ValueError if it is damaged."""
+    file = paths.FIGURES / "manifest.json"
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return [e for e in entries if all((paths.FIGURES / name).exists() for name in e["files"])]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}): take it from git, or delete it"
+        ) from error
+
+
+def _file(name: str, kind: str, page: Page) -> Path:
+    identifier(name)  # refuses what is no name before anything is written
+    (paths.FIGURES / page.profile).mkdir(parents=True, exist_ok=True)
+    return paths.FIGURES / page.profile / f"{name}.{kind}"
+
+
+def _record(name: str, files: list[Path], page: Page, source_runs) -> None:
+    """Replace the artefact's entry in the manifest; notebooks may run side by side."""
+    entry = {
+        "id": identifier(name),
+        "name": name,
+        "files": [file.relative_to(paths.FIGURES).as_posix() for file in files],
+        "notebook": page.notebook,
+        "code": code_hash(page.notebook),
+        "profile": page.profile,
+        "parameters": page.parameters,
+        "seed": page.parameters.get("seed"),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "source_runs": list(source_runs),
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+    }
+    paths.RUNS.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.RUNS.parent / "manifest.lock"):
+        others = [e for e in manifest() if (e["name"], e["profile"]) != (name, page.profile)]
+        ordered = sorted([*others, entry], key=lambda e: (e["profile"], e["name"]))
+        runs.write_json(paths.FIGURES / "manifest.json", ordered)

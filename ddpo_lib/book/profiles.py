@@ -1,0 +1,243 @@
+"""Profiles: the worlds in config/*.yaml, and the finetunings that they describe."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from ddpo_lib import objectives, rewards
+from ddpo_lib.book import paths
+from ddpo_lib.settings import Finetune, check, choice, number
+
+MODELS, NAMED = ("clip", "aesthetic", "age"), ("policy", "task")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation set: n pictures, by n_steps steps of DDIM at eta = 0, from noise that the
+    pretrained and every finetuned policy share."""
+
+    n: int = number(1000, 2)
+    n_steps: int = number(40, 1)
+    seed: int = number(2024, 0)
+
+    __post_init__ = check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that decides what one finetuning does."""
+
+    profile: str
+    policy: str
+    source: str
+    """Of the policy's weights; this and `models` as in `Profile`."""
+    task: str
+    reward: str | Callable
+    """A name in `rewards`, "package.module:function", or a function."""
+    seed: int = number(0, 0)
+    models: dict = field(hash=False)
+    settings: Finetune
+    objective: str
+    """A name in `objectives`, or "package.module"."""
+    objective_settings: object
+    """The objective's own `Settings`."""
+    jpeg_encoding: str = choice(*rewards.ENCODINGS)
+    """How the JPEG rewards see a picture, see `rewards.to_uint8`."""
+
+    def __post_init__(self):
+        named = isinstance(self.reward, str) and ":" in self.reward
+        if not (named or callable(self.reward) or self.reward in rewards.REWARDS):
+            known = f"{rewards.REWARDS}, or your own, a function or 'package.module:function'"
+            raise ValueError(f"unknown reward {self.reward!r}: give one of {known}")
+        check(self)
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.task}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A world to run in. A model's source is an absolute path or, on the Hub, as in `hub`."""
+
+    name: str
+    policies: dict[str, str]
+    """Policy name → source."""
+    models: dict[str, str]
+    """Of the rewards, "clip", "aesthetic" and "age" → source."""
+    evaluation: Evaluation
+    tasks: dict[str, dict]
+    """Task name → its reward and its changes to `finetune`, which may differ by policy."""
+    finetune: dict
+    """Changes to the defaults for every task."""
+    runs: list[dict] = field(default_factory=list)
+    """The batch: {policy, task, seed} of each finetuning."""
+    finetuned: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Policy name → task → source of a policy that others finetuned so, to be looked at without a
+    run of one's own; also a .pth of the thesis's code."""
+
+    def run(
+        self, policy: str, task: str, reward: str | Callable | None = None, seed: int = 0, **changes
+    ) -> Run:
+        """One finetuning.
+
+        Args:
+            policy, task: names in the profile; with a `reward`, any name for a task of your own.
+            reward: as in `Run`, instead of the task's.
+            changes: fields of `Finetune` and of the objective's `Settings`, `objective`,
+                `jpeg_encoding`; None leaves the profile's value.
+
+        Raises:
+            ValueError: an unknown policy, task or setting; the message names what is allowed.
+        """
+        _check_names([policy, task])
+        if policy not in self.policies:
+            raise ValueError(f"unknown policy {policy!r}: {self.name} has {sorted(self.policies)}")
+        if task not in self.tasks and reward is None:
+            known = f"{self.name} has {sorted(self.tasks)}; of your own, give the reward too"
+            raise ValueError(f"unknown task {task!r}: {known}")
+        try:
+            own = _mapping(self.tasks.get(task), "the task")
+            special = {name: _mapping(own.pop(name, None), name) for name in self.policies}[policy]
+            task_reward = own.pop("reward", None)
+            changes = {name: value for name, value in changes.items() if value is not None}
+            return Run(
+                profile=self.name, policy=policy, source=self.policies[policy], task=task,
+                reward=task_reward if reward is None else reward, seed=seed, models=self.models,
+                **_settings(self.finetune, own, special, changes),
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"finetuning {policy}-{task}: {error}") from None
+
+    def batch(self) -> list[Run]:
+        """Every finetuning of the profile's batch."""
+        return [self.run(**spec) for spec in self.runs]
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the pictures are the toy world's, whose factors are known."""
+        sources = [run.source for run in self.batch()] or self.policies.values()
+        return all(Path(source).is_relative_to(paths.TOY) for source in sources)
+
+    def published(self, run: Run) -> str | None:
+        """Source of the policy that others finetuned as `run` would, None if there is none."""
+        return self.finetuned.get(run.policy, {}).get(run.task)
+
+
+def load(name: str) -> Profile:
+    """Read and check config/<name>.yaml.
+
+    Raises:
+        ValueError: no such profile, or something in it is not as it must be; names file and key.
+    """
+    known = sorted(file.stem for file in paths.CONFIG.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"unknown profile {name!r}: {paths.CONFIG} has {known}")
+    return read_yaml(paths.CONFIG / f"{name}.yaml", functools.partial(_profile, name))
+
+
+def read_yaml(file: Path, build: Callable[[dict], object]):
+    """build(the file's mapping, {} of an empty one); every ValueError has the file's name."""
+    try:
+        return build(_mapping(yaml.load(file.read_text(encoding="utf-8"), _Loader), "the file"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file.name}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _profile(name: str, content: dict) -> Profile:
+    sections = ("policies", "models", "evaluation", "finetune", "tasks", "finetuned")
+    _mapping(content, "the file", (*sections, "runs"), ("policies", "models", "tasks"))
+    part = {key: _mapping(content.get(key), key) for key in sections}
+    _check_names([name])
+    _check_names(part["policies"], letters="._")  # a "-" ends the policy in a run's name
+    models = _mapping(part["models"], "models", MODELS, MODELS)
+    evaluation = _mapping(part["evaluation"], "evaluation", _fields(Evaluation))
+    finetuned = {key: _mapping(tasks, key) for key, tasks in part["finetuned"].items()}
+    runs = content.get("runs") or []
+    if not isinstance(runs, list):
+        raise ValueError(f"runs: must be a list, not {runs!r}")
+    part |= {
+        "policies": _sources(part["policies"], "policies"),
+        "models": _sources(models, "models"),
+        "evaluation": Evaluation(**evaluation),
+        "runs": [_mapping(run, "runs", (*NAMED, "seed"), NAMED) for run in runs],
+        "finetuned": {key: _sources(tasks, key) for key, tasks in finetuned.items()},
+    }  # fmt: skip
+    profile = Profile(name, **part)
+    every = dict.fromkeys(profile.policies, profile.tasks)
+    for policy, tasks in [*every.items(), *finetuned.items()]:
+        for task in tasks:
+            profile.run(policy, task)
+    names = [run.name for run in profile.batch()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"runs: {twice} stand twice")
+    return profile
+
+
+def _settings(*layers: dict) -> dict:
+    """What a `Run` has of settings, from flat layers of which the later win."""
+    objective, values = "ddpo", {}
+    for layer in layers:
+        if layer.get("objective", objective) != objective:
+            # Another objective starts from its own defaults.
+            before = _fields(objectives.load(objective).Settings)
+            values = {name: value for name, value in values.items() if name not in before}
+            objective = layer["objective"]
+        values |= layer
+    if not isinstance(objective, str):
+        raise ValueError(f"objective={objective!r}: must be a name")
+    kind = objectives.load(objective).Settings
+    loop, own, others = _fields(Finetune), _fields(kind), ("objective", "jpeg_encoding")
+    if both := sorted({*loop, *others}.intersection(own)):
+        raise ValueError(f"{both}: settings of the loop, and of the objective {objective!r} too")
+    _mapping(values, "settings", (*loop, *own, *others))
+    return {
+        "settings": Finetune(**{name: values[name] for name in loop if name in values}),
+        "objective": objective,
+        "objective_settings": kind(**{name: values[name] for name in own if name in values}),
+        "jpeg_encoding": values.get("jpeg_encoding", rewards.ENCODINGS[0]),
+    }
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(each.name for each in dataclasses.fields(kind))
+
+
+def _mapping(value, where: str, known=None, needed=()) -> dict:
+    """A copy of a mapping, {} of None; ValueError for other keys than known, or without needed."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a mapping, not {value!r}")
+    if known is not None and (unknown := sorted(map(str, value.keys() - set(known)))):
+        raise ValueError(f"{where}: unknown {unknown}; known are {sorted(known)}")
+    if missing := sorted(set(needed) - value.keys()):
+        raise ValueError(f"{where}: missing {missing}")
+    return dict(value)
+
+
+def _sources(values: dict, where: str) -> dict[str, str]:
+    if wrong := [key for key, each in values.items() if not (isinstance(each, str) and each)]:
+        raise ValueError(f"{where}: {wrong} must be folders or ids, not {values[wrong[0]]!r}")
+    return {name: paths.resolve(source) for name, source in values.items()}
+
+
+def _check_names(names, letters: str = "._-") -> None:
+    """They become those of folders."""
+    for name in names:
+        if not re.fullmatch(f"[a-zA-Z0-9_][a-zA-Z0-9{letters}]*", str(name)) or name != str(name):
+            raise ValueError(f"the name {name!r}: must be of letters, digits and any of {letters}")

@@ -1,0 +1,64 @@
+"""What a run goes on from: last/ and best/ of its folder, each written whole or not at all."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpo_lib import policy, runs
+from ddpo_lib.policy import Policy
+
+
+def save_last(
+    home: Path,
+    learner: Policy,
+    optimizer: torch.optim.Optimizer,
+    helpers: torch.nn.Module | None,
+    iterations_done: int,
+) -> None:
+    """Write last/: the policy, its helpers' learned weights, the moments and the position."""
+    with runs.replacing_folder(home / "last") as draft:
+        policy.save(learner, draft)
+        moments = {
+            f"{i}.{key}": value.contiguous()  # they are channels_last, as the weights are
+            for i, entry in optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
+        save_file(moments, draft / "optimizer.safetensors")
+        if helpers is not None:
+            save_file(learned(helpers), draft / "helpers.safetensors")
+        runs.write_json(draft / "state.json", {"iterations_done": iterations_done})
+
+
+def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> None:
+    """Write best/, a plain DDPMPipeline folder, with its record."""
+    with runs.replacing_folder(home / "best") as draft:
+        policy.save(learner, draft)
+        runs.write_json(draft / "best.json", {"iteration": iteration, "development_reward": reward})
+
+
+def load_learner(home: Path, base: Policy) -> Policy:
+    """The policy in last/, on the device of its base. Raises ValueError if last/ is damaged."""
+    with runs.whole(home / "last"):
+        return policy.load(home / "last", device=str(base.device), bf16=base.bf16)
+
+
+def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Module | None) -> None:
+    """Put last/'s moments and helpers' weights back. Raises ValueError if it is damaged."""
+    with runs.whole(home / "last"):
+        moments = load_file(home / "last" / "optimizer.safetensors")
+        state: dict[int, dict] = {}
+        for name, value in moments.items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        if helpers is not None:
+            helpers.load_state_dict(load_file(home / "last" / "helpers.safetensors"), strict=False)
+
+
+def learned(helpers: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The helpers' weights that require a gradient; frozen ones come back from the pretrained
+    policy."""
+    return {
+        name: p.detach().contiguous() for name, p in helpers.named_parameters() if p.requires_grad
+    }

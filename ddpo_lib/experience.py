@@ -1,0 +1,112 @@
+"""What an iteration has seen, and what every objective asks of it: decisions, rescored."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ddpo_lib.log_probs import kl, log_prob
+from ddpo_lib.policy import Policy, transition
+from ddpo_lib.sampler import Trajectory
+
+
+@dataclass(frozen=True)
+class Experience:
+    """An iteration's trajectories and what their images were worth.
+
+    A decision is a pair (step k, sample i): the policy went from states[k, i] to states[k+1, i].
+    """
+
+    trajectory: Trajectory
+    """Of N samples."""
+    rewards: torch.Tensor
+    """(N,) float32."""
+    steps: torch.Tensor
+    """(K,) int64: the steps k that are learned from, see `learnable_steps`."""
+    groups: torch.Tensor | None = None
+    """(N,) int64 labels of samples that are compared with each other alone, such as those of one
+    prompt; None where all are."""
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """Decisions under the policy that learns, beside the policy that made them."""
+
+    log_prob: torch.Tensor
+    """(U,) float64, carries the gradient."""
+    log_ratio: torch.Tensor
+    """(U,) float64: log rho, `log_prob` minus the rollout's; carries the gradient."""
+    kl: torch.Tensor
+    """(U,) float64: KL between the two transitions in nats, whatever the reduction; no gradient."""
+
+
+def learnable_steps(stds: torch.Tensor, min_std: float = 0.0) -> torch.Tensor:
+    """Indices (K,) int64 of the steps with sigma_t > min_std; the others are no actions.
+
+    Args:
+        stds: (T,), as in `Trajectory.stds`.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    steps = torch.nonzero(stds > min_std).view(-1)
+    if len(steps) == 0:
+        raise ValueError(
+            f"no step has sigma_t > {min_std}, the largest is {stds.max():.3g}: roll out with "
+            "eta > 0 and more steps, or lower min_std"
+        )
+    return steps
+
+
+def draw_steps(steps: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
+    """A random share of the steps (K,), at least one and none twice; at 1 all, as they are."""
+    if fraction == 1:
+        return steps
+    order = torch.randperm(len(steps), generator=generator)
+    return steps[order[: max(1, round(fraction * len(steps)))]]
+
+
+def pairs(steps: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Every step (K,) with every sample (M,): units of one decision each, (K·M, 1, 2) int64."""
+    return torch.cartesian_prod(steps, samples).view(-1, 1, 2)
+
+
+def standardise(rewards: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """(reward - mean) / sd within each group, (N,) float64.
+
+    Args:
+        rewards: (N,).
+        groups: (N,) labels: the mini-batch or the prompt that each sample belongs to. None for one
+            group. A group whose rewards are all equal gets zeros.
+    """
+    rewards = rewards.double()
+    groups = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups
+    result = torch.zeros_like(rewards)
+    for label in groups.unique():
+        members = (groups == label).to(rewards.device)
+        group = rewards[members]
+        result[members] = (group - group.mean()) / (group.std(correction=0) + 1e-8)
+    return result
+
+
+def rescore(
+    policy: Policy, trajectory: Trajectory, step: torch.Tensor, sample: torch.Tensor
+) -> Rescored:
+    """Score decisions (step[u], sample[u]) under the policy.
+
+    Args:
+        step, sample: (U,) int64.
+    """
+    device, context = policy.device, trajectory.context
+    new = transition(
+        policy,
+        trajectory.states[step, sample].to(device),
+        trajectory.timesteps[step].to(device),
+        trajectory.t_prev[step].to(device),
+        trajectory.eta,
+        context and context.select(sample),
+    )
+    x_prev = trajectory.states[step + 1, sample].to(device)
+    old, old_mean = trajectory.log_probs[step, sample], trajectory.means[step, sample]
+    value = log_prob(x_prev, new.mean, new.std, trajectory.reduction)
+    divergence = kl(new.mean.detach(), old_mean.to(device), new.std)
+    return Rescored(value, value - old.to(device), divergence)

@@ -1,0 +1,163 @@
+"""What tells one reward, policy or objective from another: a changed one makes another run."""
+
+import contextlib
+import copyreg
+import dis
+import functools
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddpo_lib.policy import Policy
+
+CONSTANTS = (type(None), type(...), bool, int, float, complex, str, bytes)
+
+
+def fingerprint(thing: object) -> str:
+    """sha256, 64 hexadecimal digits, of what decides the results of a reward, policy, objective …
+
+    The same in every process, folder and file format, and on every device.
+
+    - A function, class or module of this library or of an installed package: its name, and of a
+      function the defaults and the closure.
+    - Any other function: its compiled code, which comments, layout and its docstring do not change,
+      and all that it uses, in turn, but for what it imports in its own body. Any other class or
+      module: its members.
+    - A network of a package's layers: these, weights and configuration. A policy: network and
+      schedule, without `bf16`, which is a setting of the run. A dataclass: its fields, without
+      those of `compare=False`.
+    - Any other object: its class and what pickle would keep of it. So a counter or a cache counts,
+      unless `__getstate__` leaves it out. Of what cannot be read, such as a lock: its type's name.
+    """
+    return _digest(thing, {}).hex()
+
+
+def _digest(thing: object, known: dict) -> bytes:
+    """known: id → the object, which so keeps its id, and its digest."""
+    if type(thing) in CONSTANTS:
+        return hashlib.sha256(repr(thing).encode()).digest()
+    if id(thing) not in known:
+        known[id(thing)] = thing, b"a cycle"
+        try:
+            kind, content = _describe(thing, lambda part: _digest(part, known))
+        except Exception:
+            kind, content = _name(type(thing)), b""
+        digest = hashlib.sha256(kind.encode() + b"\0")
+        digest.update(content)
+        known[id(thing)] = thing, digest.digest()
+    return known[id(thing)][1]
+
+
+def _describe(thing: object, digest: Callable[[object], bytes]) -> tuple[str, bytes | memoryview]:
+    """What kind of thing it is, and its content: raw, or the digests of its parts."""
+
+    def parts(*things):
+        return b"".join(map(digest, things))
+
+    match thing:
+        case torch.Tensor():
+            raw = thing.detach().cpu().resolve_conj().contiguous().flatten().view(torch.uint8)
+            return f"tensor {thing.dtype} {tuple(thing.shape)}", raw.numpy().data
+        case np.ndarray() | np.generic() if not thing.dtype.hasobject:
+            return f"array {thing.dtype.str} {thing.shape}", thing.tobytes()
+        case dict():
+            return "dict", b"".join(sorted(parts(*pair) for pair in thing.items()))
+        case set() | frozenset():
+            return "set", b"".join(sorted(map(digest, thing)))
+        case list() | tuple():  # a configuration's tuples come back from JSON as lists
+            return "sequence", parts(*thing)
+        case torch.device():  # where something runs decides nothing
+            return "device", b""
+        case FunctionType():
+            bound = parts(thing.__defaults__, thing.__kwdefaults__, *_closure(thing))
+            home = thing.__globals__.get("__name__", "")
+            if _is_installed(home):  # its __module__ may be that of a function which it wraps
+                return f"{home}.{thing.__code__.co_qualname}", bound
+            return "function", bound + parts(*_code(thing.__code__, thing.__doc__), _globals(thing))
+        case CodeType():  # of a function inside a function
+            return "code", parts(*_code(thing))
+        case type() | ModuleType():
+            if _is_installed(getattr(thing, "__module__", thing.__name__)):
+                return _name(thing), b""
+            inside = {key: value for key, value in vars(thing).items() if _is_member(key, value)}
+            return "members", parts(getattr(thing, "__bases__", ()), inside)
+        case property() | functools._lru_cache_wrapper() | staticmethod() | classmethod():
+            return _name(type(thing)), parts(getattr(thing, "__wrapped__", None) or thing.fget)
+        case nn.Module() if all(_is_installed(type(layer).__module__) for layer in thing.modules()):
+            layers = re.sub(r"0x[0-9a-f]+", "", repr(thing))  # without addresses in memory
+            weights = thing.state_dict() | dict(thing.named_buffers())
+            return "network", parts(layers, weights, _configuration(thing))
+        case _ if is_dataclass(thing):
+            values = {f.name: getattr(thing, f.name) for f in fields(thing) if f.compare}
+            if isinstance(thing, Policy):
+                del values["bf16"]
+            return "dataclass", parts(type(thing), values)
+        case _ if hasattr(thing, "register_to_config"):
+            return "scheduler", parts(type(thing), _configuration(thing))
+    reduce = copyreg.dispatch_table.get(type(thing))
+    state = reduce(thing) if reduce else thing.__reduce_ex__(4)
+    if isinstance(state, str):  # the name of what pickle would import
+        return f"{getattr(thing, '__module__', None)}.{state}", b""
+    return "object", parts(*state[:3], *(list(items or ()) for items in state[3:5]))
+
+
+def _code(code: CodeType, docstring: str | None = None) -> Iterator[object]:
+    """What runs, and not the source, which may have been edited since it was imported."""
+    yield from (code.co_code, code.co_names, code.co_exceptiontable)
+    yield [constant for constant in code.co_consts if constant not in (None, docstring)]
+    yield from (code.co_argcount, code.co_kwonlyargcount, code.co_flags & 0x0C)  # 0x0C: *, **
+
+
+def _closure(function: FunctionType) -> Iterator[object]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # nothing is in it yet
+            yield cell.cell_contents
+
+
+def _globals(function: FunctionType) -> dict[str, object]:
+    """The global names in a function's code, and what they stand for."""
+
+    def names(code: CodeType) -> Iterator[str]:
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield step.argval
+            elif isinstance(step.argval, CodeType):
+                yield from names(step.argval)
+
+    scope, used = function.__globals__, sorted(set(names(function.__code__)))
+    # __file__ and __name__ say where it lies, which decides nothing.
+    return {name: scope[name] for name in used if name in scope and not name.startswith("__")}
+
+
+def _is_member(name: str, value: object) -> bool:
+    """Not what Python itself puts there, such as the docstring or a module's path."""
+    methods = (FunctionType, staticmethod, classmethod, property)
+    return isinstance(value, methods) or not name.startswith("__")
+
+
+def _configuration(model: object) -> dict[str, object] | None:
+    """Of a model of diffusers, without its own notes, such as the folder and the version."""
+    if hasattr(model, "register_to_config"):
+        return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module is Python's, this library's or an installed package's."""
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names or root == __name__.partition(".")[0]:
+        return True
+    files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in (module, root)]
+    packages = any({"site-packages", "dist-packages"} & set(Path(file).parts) for file in files)
+    return packages and root != "__main__"  # whatever was started, a notebook is not installed
+
+
+def _name(thing: object) -> str:
+    return f"{getattr(thing, '__module__', None)}.{getattr(thing, '__qualname__', thing.__name__)}"

@@ -1,0 +1,54 @@
+"""One module a method. A stranger changes a loss by reading one file.
+
+Every objective answers the same questions, as functions under agreed names:
+
+    Settings                                          a frozen dataclass, a docstring a field
+    helpers(policy, settings, loop)                   who else is there? a network beside the policy
+                                                      (a reference, a critic), or None
+    credit(experience, settings, loop, helpers)       what is each decision worth? (N,) or (T, N)
+    units(experience, settings, loop, generator)      what must the loss see together? for each
+                                                      optimizer step (U, D, 2): U units of D
+                                                      decisions (step, sample)
+    loss(policy, experience, rows, credit, settings, helpers)
+                                                      the loss of some of these units, (U,), and
+                                                      what to log of them, name → (U,)
+
+`settings` is the objective's own `Settings`, `loop` the loop's `settings.Finetune`. `helpers` is
+called first and refuses settings that do not go together. The weights of helpers that require a
+gradient are learned with the policy's, and are in every checkpoint. `units` takes random numbers
+from its generator alone. The loop steps on the mean over units.
+"""
+
+import importlib
+from types import ModuleType
+
+FUNCTIONS = ("Settings", "helpers", "credit", "units", "loss")
+
+
+def load(objective: str | ModuleType) -> ModuleType:
+    """The module of an objective: one of this folder's by its name, "ddpo"; your own by its dotted
+    name, "package.module"; or the module itself.
+
+    Raises:
+        ValueError: there is no such module, or it lacks a function; names what is missing.
+    """
+    if isinstance(objective, str):
+        name = objective if "." in objective else f"{__name__}.{objective}"
+        try:
+            objective = importlib.import_module(name)
+        except ImportError as error:
+            try:
+                objective = importlib.import_module(objective)
+            except ImportError:
+                raise ValueError(
+                    f"cannot import the objective {objective!r}: {error}. Name a module of "
+                    "ddpo_lib.objectives, such as 'ddpo', or an importable one of your own"
+                ) from error
+    missing = [name for name in FUNCTIONS if not hasattr(objective, name)]
+    if missing:
+        raise ValueError(
+            f"the objective {getattr(objective, '__name__', objective)!r} lacks {missing}: a module "
+            f"needs {FUNCTIONS}, see ddpo_lib.objectives; take the others from "
+            "ddpo_lib.objectives.ddpo"
+        )
+    return objective

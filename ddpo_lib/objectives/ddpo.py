@@ -1,0 +1,124 @@
+"""DDPO: denoising diffusion policy optimization (Black et al., 2023; equations 4.2 to 4.4).
+
+Denoising is a decision process: the state is (x_t, t), the action x_{t-1}, and only the finished
+image is rewarded. A decision is worth the sample's standardised reward A, and the loss is
+
+    IS:  sum_t max(-A rho_t, -A clip(rho_t, 1 ± eps)),  rho_t = p_theta / p_old     (equation 4.4)
+    SF:  sum_t -A log p_theta                                                       (equation 4.2)
+
+averaged over samples. Public code averages log-probabilities over pixels, so rho is a root of the
+ratio, and standardises within each sampling batch; both are settings. Here the deterministic last
+step is no decision.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ddpo_lib.experience import draw_steps, pairs, rescore, standardise
+from ddpo_lib.settings import check, choice, number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the thesis's (Table A.2)."""
+
+    estimator: str = choice("is", "sf")
+    """"is": clipped importance ratios, DDPO-IS. "sf": the score function, DDPO-SF, which allows one
+    update per rollout."""
+    clip_range: float = number(1e-4, high=1, above=0)
+    """eps: half-width of the ratio's trust interval; goes with `log_prob_reduction`."""
+    advantage_scope: str = choice("iteration", "minibatch")
+    """Rewards are standardised over the whole "iteration", or, as in the published code, within
+    each "minibatch", which then is a run of consecutive samples."""
+    advantage_clip: float = number(4.5, above=0)
+    """Standardised advantages are clamped to ± this."""
+    loss_reduction: str = choice("sum", "mean")
+    """Over timesteps: "sum" as in equation 4.4, or "mean"."""
+
+    def __post_init__(self):
+        check(self)
+
+
+def helpers(policy, settings, loop) -> None:
+    """DDPO needs no other network.
+
+    Raises:
+        ValueError: settings that do not go together, or under which nothing would be learned.
+    """
+    one_update = loop.minibatch_size == loop.n_samples and loop.n_inner_epochs == 1
+    if settings.estimator == "sf" and not one_update:
+        raise ValueError(
+            "estimator='sf' allows one update per rollout: set minibatch_size to n_samples, "
+            f"{loop.n_samples}, and n_inner_epochs to 1; or take 'is'"
+        )
+    if settings.advantage_scope == "minibatch" and loop.minibatch_size == 1:
+        raise ValueError(
+            "advantage_scope='minibatch' with minibatch_size=1: a sample alone has no advantage, "
+            "nothing would be learned; take 'iteration' or larger mini-batches"
+        )
+
+
+def credit(experience, settings, loop, helpers) -> torch.Tensor:
+    """The advantage of every sample, (N,) float32."""
+    groups = experience.groups
+    if settings.advantage_scope == "minibatch":
+        groups = torch.arange(len(experience.rewards)) // loop.minibatch_size
+    return advantages(experience.rewards, settings.advantage_clip, groups)
+
+
+def advantages(
+    rewards: torch.Tensor, clip: float, groups: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Standardised rewards (N,) clamped to ± clip, float32; groups as in `standardise`."""
+    return standardise(rewards, groups).clamp(-clip, clip).float()
+
+
+def units(experience, settings, loop, generator) -> list[torch.Tensor]:
+    """Mini-batches of samples in random order; every decision is a unit of its own."""
+    n, size = len(experience.rewards), loop.minibatch_size
+    if settings.advantage_scope == "minibatch":  # consecutive samples stay together
+        order = torch.arange(n).view(-1, size)[torch.randperm(n // size, generator=generator)]
+    else:
+        order = torch.randperm(n, generator=generator).view(-1, size)
+    return [
+        pairs(draw_steps(experience.steps, loop.timestep_fraction, generator), samples)
+        for samples in order
+    ]
+
+
+def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
+    """The surrogate of each decision, times the number of steps where the loss sums over them."""
+    step, sample = rows[:, 0].unbind(-1)
+    new = rescore(policy, experience.trajectory, step, sample)
+    advantage = credit[sample].to(new.log_prob.device)
+    if settings.estimator == "sf":
+        value = sf_loss(new.log_prob, advantage)
+    else:
+        value = is_loss(new.log_ratio, advantage, settings.clip_range)
+    n_steps = len(experience.steps)
+    ratio = new.log_ratio.detach().exp()
+    metrics = {
+        "mean_ratio": ratio,
+        "clip_fraction": ((ratio - 1).abs() > settings.clip_range).double(),
+        "kl": n_steps * new.kl,  # of a whole trajectory
+    }
+    return value * (n_steps if settings.loss_reduction == "sum" else 1), metrics
+
+
+def is_loss(log_ratio, advantage, clip_range) -> torch.Tensor:
+    """DDPO-IS's clipped surrogate max(-A rho, -A clip(rho, 1 ± eps)), per element (equation 4.4).
+
+    Args:
+        log_ratio: log rho; carries the gradient.
+        advantage: A, of the same shape.
+        clip_range: eps; infinite for the surrogate without a clip (equation 4.3).
+    """
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def sf_loss(log_prob, advantage) -> torch.Tensor:
+    """DDPO-SF's surrogate -A log p_theta, per element; on-policy only (equation 4.2)."""
+    return -advantage * log_prob

@@ -1,0 +1,147 @@
+"""Hyperparameters as frozen dataclasses whose fields have ranges."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import get_type_hints
+
+
+def number(default, low=-math.inf, high=math.inf, *, above=-math.inf, below=math.inf):
+    """A field for a number: low <= value <= high and above < value < below."""
+    return dataclasses.field(default=default, metadata={"bounds": (low, high, above, below)})
+
+
+def choice(default, *others):
+    """A field for one of a few values."""
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
+def check(settings) -> None:
+    """Check every field of a settings dataclass; called by its `__post_init__`.
+
+    Raises:
+        ValueError: a value of the wrong type, not finite, or out of range; names it and its range.
+    """
+    kinds = get_type_hints(type(settings))
+    for entry in dataclasses.fields(settings):
+        value, kind = getattr(settings, entry.name), kinds[entry.name]
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(
+                f"{entry.name}={value!r}: must be of type {kind.__name__} "
+                "(in YAML a number such as 3e-5 needs its dot: 3.0e-5)"
+            )
+        choices = entry.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{entry.name}={value!r}: must be one of {choices}")
+        if "bounds" in entry.metadata:
+            low, high, above, below = entry.metadata["bounds"]
+            if not (low <= value <= high and above < value < below):  # NaN and infinities are not
+                words = [
+                    f"{sign} {bound}"
+                    for sign, bound in ((">=", low), (">", above), ("<=", high), ("<", below))
+                    if math.isfinite(bound)
+                ]
+                needed = " and ".join([*words, "finite"])
+                raise ValueError(f"{entry.name}={value!r}: must be {needed}")
+
+
+SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
+"""Settings of `Finetune` that change memory and speed, and results by no more than rounding."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Hyperparameters of the loop; the defaults are the thesis's (Table A.2). An objective has its
+    own, see `objectives`."""
+
+    n_iterations: int = number(72, 1)
+    """Rounds of rollout, reward and update."""
+    n_samples: int = number(100, 2)
+    """Trajectories per iteration."""
+    n_steps: int = number(40, 2)
+    """Denoising steps T of a trajectory; the last one is no action."""
+    eta: float = number(1.0, high=1, above=0)
+    """DDIM's eta while training: at 0 there is no exploration, above 1 no such Gaussian."""
+    min_std: float = number(0.0, 0, below=1)
+    """Steps with sigma_t up to this are not learned from. At 0 only deterministic steps are left
+    out. The score of a step grows with 1 / sigma_t, so the last stochastic one (sigma_t about 0.01)
+    can drown all others in noise, see docs/fidelity.md."""
+    minibatch_size: int = number(10, 1)
+    """Trajectories per optimizer step."""
+    n_inner_epochs: int = number(1, 1)
+    """Passes over an iteration's trajectories."""
+    micro_batch: int = number(200, 1)
+    """(sample, timestep) pairs per forward and backward, and images per call in a rollout. A GPU
+    may round differently for batches of different sizes: where this divides both evenly, rollout
+    and first update agree best."""
+    timestep_fraction: float = number(1.0, high=1, above=0)
+    """Share of the stochastic steps that an optimizer step learns from, drawn anew for each. Less
+    takes less time, and the gradient stays the same on average."""
+    gradient_checkpointing: bool = False
+    """Keep less of the network's forward pass and compute it again for the backward pass: less
+    memory, more time."""
+    log_prob_reduction: str = choice("mean", "sum")
+    """Over pixels: "mean" as in the published code, or "sum", a true log-density. An objective's
+    clip range goes with it."""
+    learning_rate: float = number(9e-8, 0, 1)
+    """AdamW's rate; with "warmup_cosine", where the warm-up starts."""
+    lr_schedule: str = choice("constant", "warmup_cosine")
+    """"constant", or "warmup_cosine": linear warm-up to the peak, then half a cosine (Fig. 5.7)."""
+    peak_learning_rate: float = number(3.7e-6, high=1, above=0)
+    """Top of "warmup_cosine". Table A.2's own, 3.75e-6, is in thesis.yaml; see docs/fidelity.md."""
+    warmup: float = number(0.25, 0, 1)
+    """Fraction of all updates spent warming up."""
+    final_lr_fraction: float = number(0.1, 0, 1)
+    """The cosine ends at this fraction of `learning_rate`."""
+    weight_decay: float = number(1e-4, 0, 1)
+    """AdamW's."""
+    max_grad_norm: float = number(1.0, above=0)
+    """The gradient is rescaled to at most this norm."""
+    n_development: int = number(64, 2)
+    """Images of the development set, drawn from fixed noise at eta = 0 after every iteration."""
+    bf16: bool = True
+    """Run the network under bfloat16 autocast, on a GPU only if it has bfloat16."""
+
+    def __post_init__(self):
+        check(self)
+        if self.n_samples % self.minibatch_size:
+            raise ValueError(
+                f"n_samples={self.n_samples} is not a multiple of "
+                f"minibatch_size={self.minibatch_size}"
+            )
+        if self.lr_schedule == "constant" and self.learning_rate == 0:
+            raise ValueError("learning_rate=0 at a constant rate: nothing would be learned")
+
+    @property
+    def n_updates(self) -> int:
+        """Optimizer steps of a run whose objective takes every trajectory once an epoch."""
+        return self.n_iterations * self.n_inner_epochs * (self.n_samples // self.minibatch_size)
+
+    @property
+    def decisive(self) -> dict:
+        """The settings that decide what a run does: without those of memory and speed, and at a
+        constant rate without `n_iterations`, for a longer run goes on from a shorter one."""
+        left_out = set(SPEED_ONLY)
+        if self.lr_schedule == "constant":
+            left_out |= {"n_iterations", "peak_learning_rate", "warmup", "final_lr_fraction"}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+
+
+def learning_rate(progress: float, settings: Finetune) -> float:
+    """The rate of an optimizer step: constant, or the schedule of Fig. 5.7.
+
+    A linear warm-up from `learning_rate` to `peak_learning_rate` over the first `warmup` of all
+    updates, then half a cosine down to `final_lr_fraction` × `learning_rate` at the last.
+
+    Args:
+        progress: 0 at the run's first update, 1 at its last.
+    """
+    start = settings.learning_rate
+    if settings.lr_schedule == "constant":
+        return start
+    peak, end = settings.peak_learning_rate, settings.final_lr_fraction * start
+    if progress < settings.warmup:
+        return start + (peak - start) * progress / settings.warmup
+    after = (progress - settings.warmup) / max(1e-9, 1 - settings.warmup)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))

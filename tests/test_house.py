@@ -1,0 +1,72 @@
+"""The plan of the house: who may import whom, what importing costs, how large the rooms are."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ddpo_lib.book import paths
+
+PACKAGE = paths.ROOT / "ddpo_lib"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ABOVE = {"library": {"book", "toy"}, "book": set(), "toy": {"book"}}
+"""Part → the parts that it must not import."""
+
+
+def part(file):
+    home = file.relative_to(PACKAGE).parts[0]
+    return home if home in ("book", "toy") else "library"
+
+
+def imported(file):
+    """Dotted names that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_arrows_run_one_way(file):
+    parts = {name.split(".")[1] for name in imported(file) if name.startswith("ddpo_lib.")}
+    assert not parts & ABOVE[part(file)]
+
+
+def test_an_arrow_the_wrong_way_would_be_seen(tmp_path):
+    file = tmp_path / "policy.py"
+    file.write_text(
+        "def f():\n    from ddpo_lib.book import paths\n    import ddpo_lib.toy.faces\n"
+    )
+    parts = {name.split(".")[1] for name in imported(file)}
+    assert parts == ABOVE["library"]
+
+
+def test_files_and_functions_are_short():
+    sizes = dict.fromkeys(ABOVE, 0)
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        n_lines = text.count("\n")
+        sizes[part(file)] += n_lines
+        if part(file) == "toy":
+            continue
+        assert n_lines <= 320, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
+    assert sizes["library"] <= 2500 and sizes["book"] <= 1200, sizes
+
+
+def test_imports_are_cheap():
+    """Bounds are generous: benchmarks/imports.py tells what they cost on an idle machine."""
+    script = paths.ROOT / "benchmarks/imports.py"
+    done = subprocess.run(
+        [sys.executable, script, "--repeats", "1"], capture_output=True, text=True, check=True
+    )
+    added = json.loads(done.stdout)["added_s"]
+    assert added["ddpo_lib.policy"] < 1 and added["ddpo_lib.objectives.ddpo"] < 1
+    (notebook,) = (value for name, value in added.items() if "book.notebook" in name)
+    assert notebook < 2.5
