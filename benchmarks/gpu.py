@@ -110,7 +110,7 @@ def exact_unet(side: int, widths=(128, 128, 256, 256, 512, 512), groups: int = 3
 
 
 def measure_ours(pretrained: policy.Policy, settings: Finetune) -> dict:
-    """`finetune.iterate`, with a clock where the reward is asked for, between rollout and updates."""
+    """`finetune.iterate`, with a clock in its reward, between rollout and updates."""
     learner = policy.Policy(copy.deepcopy(pretrained.unet), pretrained.scheduler, settings.bf16)
     clocks = [clock(reset_memory=True)]
 

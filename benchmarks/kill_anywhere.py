@@ -3,9 +3,9 @@
     python benchmarks/kill_anywhere.py [--kills 40] [--seed 0] [--iterations 60]
 
 The finetuning is of a tiny policy with random weights, in a process of its own, on one thread. Each
-kill is a SIGKILL after a random time from the moment that the process has begun its work, so that it
-falls anywhere: rollout, update, development set, or any write. Every file that a run leaves must
-then be equal, bit for bit, but for its seconds.
+kill is a SIGKILL after a random time from when the process has begun its work, so it falls
+anywhere: rollout, update, development set, or any write. Every file that a run leaves must then be
+equal, bit for bit, but for its seconds.
 
 Prints one JSON object, and exits with 1 where something differs.
 """

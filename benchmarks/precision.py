@@ -3,12 +3,12 @@
     python benchmarks/precision.py [--side 256] [--decisions 10] [--threads 2]
 
 The network of google/ddpm-celebahq-256 with random weights makes decisions at timesteps spread over
-the 40 of a trajectory, takes one optimizer step at the thesis's learning rate, 9e-8, in the direction
-of the policy gradient of other decisions, and scores its decisions again: in float32, under bfloat16
+the 40 of a trajectory, takes one optimizer step at the thesis's learning rate, 9e-8, against the
+policy gradient of other decisions, and scores its decisions again: in float32, under bfloat16
 autocast, and in float64 for the truth. The same for a step ten times as large, which is as much as
 an iteration's ten updates can add up to. Takes half an hour on two cores.
 
-`ratio` is rho - 1 with log-probabilities averaged over pixels, which the clip range of 1e-4 goes with.
+Log-probabilities are averaged over pixels, which the clip range of 1e-4 goes with.
 Prints one JSON object; progress goes to stderr.
 """
 

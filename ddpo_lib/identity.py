@@ -100,7 +100,7 @@ def _describe(thing: object, digest: Callable[[object], bytes]) -> tuple[str, by
             if isinstance(thing, Policy):
                 del values["bf16"]
             return "dataclass", parts(type(thing), values)
-        case _ if hasattr(thing, "register_to_config"):
+        case _ if hasattr(type(thing), "register_to_config"):
             return "scheduler", parts(type(thing), _configuration(thing))
     reduce = copyreg.dispatch_table.get(type(thing))
     state = reduce(thing) if reduce else thing.__reduce_ex__(4)
@@ -145,7 +145,7 @@ def _is_member(name: str, value: object) -> bool:
 
 def _configuration(model: object) -> dict[str, object] | None:
     """Of a model of diffusers, without its own notes, such as the folder and the version."""
-    if hasattr(model, "register_to_config"):
+    if hasattr(type(model), "register_to_config"):
         return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
 

@@ -105,8 +105,7 @@ SMALL = {
 
 @pytest.fixture
 def finetune(tmp_path, new_policy, brightness):
-    """finetune(home="run", policy=None, reward=None, objective="ddpo", seed=0, own=None, **settings):
-    half a second of it."""
+    """finetune(home="run", policy=None, reward=None, …, own=None, **settings): half a second."""
 
     def run(
         home="run", policy=None, reward=None, objective="ddpo", seed=0, own=None, on_iteration=None,

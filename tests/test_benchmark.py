@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ddpo_lib import paths
+from ddpo_lib.book import paths
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import time
 
 import numpy as np
 import open_clip
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -25,8 +24,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ddpo_lib import encoders, hub, model_card, paths, rewards
-from ddpo_lib.config import Models
+from ddpo_lib import encoders, hub, rewards, runs
+from ddpo_lib.book import paths
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +58,7 @@ def exact_unet(side):
 @pytest.fixture
 def root(tmp_path):
     """A checkout whose profile thesis has the exact policy in the Hub's layout; small counts."""
-    for folder in ("notebooks", "data/thesis"):
+    for folder in ("ddpo_lib", "config", "notebooks", "data/thesis"):
         shutil.copytree(paths.ROOT / folder, tmp_path / folder)
     torch.manual_seed(0)
     model = tmp_path / "data" / "google" / "ddpm-celebahq-256"
@@ -71,7 +70,6 @@ def root(tmp_path):
     profile = yaml.safe_load((paths.CONFIG / "thesis.yaml").read_text())
     profile["policies"]["faces"] = "google/ddpm-celebahq-256"
     profile["evaluation"] |= {"n": 2, "n_steps": 3}
-    (tmp_path / "config").mkdir()
     (tmp_path / "config" / "thesis.yaml").write_text(yaml.safe_dump(profile))
     return tmp_path
 
@@ -84,7 +82,7 @@ def start(root):
     for name, value in given.items():
         command += ["-p", name, str(value)]
     log = (root / "log.txt").open("a")
-    environment = {**os.environ, "DDPO_ROOT": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.Popen(
         command, cwd=root, env=environment, stdout=log, stderr=log, start_new_session=True
     )
@@ -98,15 +96,14 @@ def test_exact_policy_is_finetuned_killed_resumed_and_loads_in_plain_diffusers(r
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    state = json.loads((home / "last" / "state.json").read_text())
-    assert state["iterations_done"] == 1
-    before = pd.read_csv(home / "iterations.csv").iloc[0]
+    assert runs.iterations_done(home) == 1
+    before = runs.metrics(home)[1]
 
     assert start(root).wait() == 0, (root / "log.txt").read_text()[-3000:]
-    iterations = pd.read_csv(home / "iterations.csv")
-    assert iterations.iloc[0].equals(before)
-    assert len(iterations) == 2
-    assert len(pd.read_csv(home / "metrics.csv")) == 4
+    rows = runs.metrics(home)
+    assert rows[1] == before
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert sum(len(row["updates"]) for row in rows[1:]) == 4
     assert json.loads((home / "evaluation.json").read_text())["n"] == 2
 
     pipeline = DDPMPipeline.from_pretrained(home / "best", use_safetensors=True)
@@ -114,7 +111,8 @@ def test_exact_policy_is_finetuned_killed_resumed_and_loads_in_plain_diffusers(r
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(1, num_inference_steps=2, output_type="np").images
     assert drawn.shape == (1, 32, 32, 3) and np.isfinite(drawn).all()
-    assert "finetuned with DDPO: compressibility" in model_card.write(home)
+    card = (home / "best/README.md").read_text(encoding="utf-8")
+    assert "finetuned with DDPO: compressibility" in card
 
 
 # ------------------------------------------------------------------------------- rewards
@@ -150,7 +148,9 @@ def test_exact_aesthetic_stack_scores_as_the_published_code_does(pictures, tmp_p
         expected = head(model.eval().encode_image(batch, normalize=True))
     del model
 
-    models = Models(f"ViT-L-14:openai@{commit}", str(tmp_path / hub.LAION_HEAD), "no-age")
+    models = {
+        "clip": f"ViT-L-14:openai@{commit}", "aesthetic": str(tmp_path / hub.LAION_HEAD),
+    }  # fmt: skip
     scores = rewards.load("aesthetic", models, "cpu")(pictures)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-3)
 
@@ -169,6 +169,5 @@ def test_exact_age_classifier_scores_as_the_published_code_does(pictures, tmp_pa
     with torch.no_grad():
         expected = model(**processor(as_images(pictures), return_tensors="pt")).logits
 
-    models = Models("no-clip", "no-aesthetic", str(tmp_path))
-    scores = rewards.load("over50", models, "cpu")(pictures)
+    scores = rewards.load("over50", {"age": str(tmp_path)}, "cpu")(pictures)
     torch.testing.assert_close(scores, expected[:, 6:].sum(1), rtol=0, atol=1e-3)

@@ -6,14 +6,23 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import pandas as pd
 import pytest
 import torch
 from pretend_gpu import GpuTensor, pretend_gpu
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpo_lib import config, encoders, finetune, guidance, paths, policy, rewards, runs, sampler
+from ddpo_lib import (
+    checkpoints,
+    encoders,
+    guidance,
+    inversion,
+    policy,
+    rewards,
+    runs,
+    sampler,
+)
+from ddpo_lib.book import finetuning, paths, profiles
 
 # ------------------------------------------------------------------------------- the pretended GPU
 
@@ -67,20 +76,21 @@ def test_pretended_gpu_learns_like_the_cpu():
 def small_run(tmp_path, monkeypatch, task, where):
     """A run of profile smoke in a folder of its own, in float32 as the pretended GPU has it."""
     monkeypatch.setattr(paths, "RUNS", tmp_path / where)
-    return config.load("smoke").run("faces", task, bf16=False)
+    return profiles.load("smoke").run("faces", task, bf16=False)
 
 
 @pytest.mark.parametrize("task", ["compressibility", "aesthetic", "over50"])
 @pytest.mark.parametrize("free", [10**10, 1])
 def test_finetuning_on_a_gpu_is_that_of_the_cpu(tmp_path, monkeypatch, task, free):
     """With the states on the GPU or, where it has no room for them, on the CPU."""
-    homes = [finetune.finetune(small_run(tmp_path, monkeypatch, task, "cpu"))]
+    homes = [finetuning.finetune(small_run(tmp_path, monkeypatch, task, "cpu"))]
     with pretend_gpu():
         run = small_run(tmp_path, monkeypatch, task, "gpu")
         with mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (free, free)):
-            homes.append(finetune.finetune(run))
-    for name in ("metrics.csv", "rewards.csv"):
-        pd.testing.assert_frame_equal(*(pd.read_csv(home / name) for home in homes), rtol=1e-5)
+            homes.append(finetuning.finetune(run))
+    for here, there in zip(*(runs.metrics(home) for home in homes), strict=True):
+        for name in here.keys() - {"seconds", "updates"}:
+            assert here[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6), name
     weights = [load_file(h / "best/unet/diffusion_pytorch_model.safetensors") for h in homes]
     assert_close(weights[1], weights[0], rtol=0, atol=1e-6)
 
@@ -88,19 +98,19 @@ def test_finetuning_on_a_gpu_is_that_of_the_cpu(tmp_path, monkeypatch, task, fre
 def test_stopped_run_goes_on_on_a_gpu(tmp_path, monkeypatch):
     with pretend_gpu():
         run = small_run(tmp_path, monkeypatch, "compressibility", "gpu")
-        save = runs.save_checkpoint
+        save = checkpoints.save_last
 
         def stop(*arguments):
             save(*arguments)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(runs, "save_checkpoint", stop)
+        monkeypatch.setattr(checkpoints, "save_last", stop)
         with pytest.raises(KeyboardInterrupt):
-            finetune.finetune(run)
-        monkeypatch.setattr(runs, "save_checkpoint", save)
-        home = finetune.finetune(run)
-    metrics = pd.read_csv(home / "metrics.csv")
-    assert len(metrics) == run.settings.n_updates and metrics["update"].is_unique
+            finetuning.finetune(run)
+        monkeypatch.setattr(checkpoints, "save_last", save)
+        home = finetuning.finetune(run)
+    updates = [update["update"] for row in runs.metrics(home)[1:] for update in row["updates"]]
+    assert updates == list(range(run.settings.n_updates))
 
 
 def test_gpu_without_bfloat16_runs_in_float32():
@@ -120,17 +130,18 @@ def test_evaluation_and_what_the_chapters_add_on_a_gpu():
     def everything():
         agent = policy.load(paths.TOY / "faces", bf16=False)
         clip = encoders.load_clip(paths.TOY / "clip")
-        x_T = sampler.noise(agent, 3, seed=0)
-        trajectory = sampler.rollout(agent, x_T, 4, torch.Generator().manual_seed(0))
+        x_T = sampler.noise(agent, range(3))
+        trajectory = sampler.rollout(agent, x_T, 4, range(3))
         x_0 = sampler.sample(agent, x_T, 4)
         loss = guidance.clip_distance(clip, "an old person")
         guided = guidance.guide(agent, loss, 2.0)
-        models = config.load("smoke").models
+        names = ("clip", "aesthetic", "age")
+        models = {name: str(paths.TOY / name) for name in names}
         return {
             "trajectory": trajectory.states,
             "log_probs": trajectory.log_probs,
             "denoised": sampler.denoised(agent, trajectory),
-            "inverted": sampler.invert(agent, x_0, 4),
+            "inverted": inversion.invert(agent, x_0, 4),
             "guided": sampler.sample(guided, x_T, 4),
             **{name: rewards.load(name, models)(x_0) for name in rewards.REWARDS},
         }

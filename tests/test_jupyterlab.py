@@ -18,7 +18,7 @@ import urllib.request
 import pytest
 from websocket import create_connection
 
-from ddpo_lib import paths
+from ddpo_lib.book import paths
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
@@ -76,9 +76,6 @@ def wait_for(ready, seconds=60):
 def lab(tmp_path_factory):
     """Address of a JupyterLab on the notebooks, set to profile smoke as a reader would by hand."""
     root = tmp_path_factory.mktemp("project")
-    (root / "data").mkdir()
-    for name in ("config", "data/toy", "data/thesis"):
-        (root / name).symlink_to(paths.ROOT / name)
     (root / "notebooks").mkdir()
     for name in NOTEBOOKS:
         text = (paths.NOTEBOOKS / f"{name}.ipynb").read_text()

@@ -16,10 +16,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ddpo_lib import batch, config, evaluation, figures, paths
-from ddpo_lib.config import Finetune
+from ddpo_lib import runs
+from ddpo_lib.book import batch, figures, paths, profiles, results
+from ddpo_lib.objectives import ddpo
+from ddpo_lib.settings import Finetune
 
 WORLDS = ("toy", "thesis")
+SETTINGS = (Finetune, ddpo.Settings)
 NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -37,16 +40,16 @@ def parameters(name) -> dict:
 
 
 def test_batch_has_every_notebook():
-    assert sorted(["50_finetune", *batch.NOTEBOOKS]) == NOTEBOOKS
+    assert sorted(["50_finetune", *batch.contents()]) == NOTEBOOKS
 
 
 def test_what_needs_known_factors_is_made_in_the_toy_world_alone():
-    toy, thesis = (batch.NOTEBOOKS["57_mode_collapse"].files(config.load(p)) for p in WORLDS)
+    toy, thesis = (batch.contents()["57_mode_collapse"].files(profiles.load(p)) for p in WORLDS)
     assert set(toy) - set(thesis) == {"extra_57_proxy_and_true.png", "extra_57_proxy_and_true.pdf"}
 
 
 def test_batch_makes_every_artefact_of_the_thesis():
-    made = {figures.identifier(name) for entry in batch.NOTEBOOKS.values() for name in entry.makes}
+    made = {figures.identifier(name) for entry in batch.contents().values() for name in entry.makes}
     chapters = {1: [1], 2: [1, 2, 3, 4, 6, 7, 8], 3: [1, 3], 4: [1, 2, 3, 4], 5: range(1, 15)}
     appendices = {"A": [1], "B": range(1, 5), "C": range(1, 9), "D": range(1, 5)}
     wanted = {f"{part}.{n}" for part, ns in (chapters | appendices).items() for n in ns}
@@ -56,10 +59,12 @@ def test_batch_makes_every_artefact_of_the_thesis():
 
 def test_committed_figures_are_what_the_committed_notebooks_draw():
     """All there, none blank, none stale."""
-    manifest = [e for e in json.loads(figures.MANIFEST.read_text()) if e["profile"] == "toy"]
-    declared = {name: notebook for notebook, e in batch.NOTEBOOKS.items() for name in e.makes}
+    manifest = [
+        e for e in json.loads(figures.MANIFEST.read_text(encoding="utf-8")) if e["profile"] == "toy"
+    ]
+    declared = {name: notebook for notebook, e in batch.contents().items() for name in e.makes}
     assert {entry["name"]: entry["notebook"] for entry in manifest} == declared
-    runs = {run.name for run in config.load("toy").batch()}
+    runs = {run.name for run in profiles.load("toy").batch()}
     for entry in manifest:
         assert entry["code"] == figures.code_hash(entry["notebook"]), entry["name"]
         assert set(entry["source_runs"]) <= runs
@@ -88,7 +93,7 @@ def test_committed_outputs_are_complete(name):
 
 
 def test_readme_has_every_notebook_and_the_numbers_of_table_5_1():
-    readme = (paths.ROOT / "README.md").read_text()
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
     assert sorted(set(re.findall(r"\(notebooks/(\w+)\.ipynb\)", readme))) == NOTEBOOKS
     assert all((paths.ROOT / link).exists() for link in re.findall(r"\((figures/\S+)\)", readme))
     for row in pd.read_csv(paths.FIGURES / "toy" / "table_5_1.csv").itertuples():
@@ -136,10 +141,12 @@ def test_committed_outputs_are_fit_to_read(name):
 
 
 def test_finetune_notebook_takes_every_setting():
-    own = {"profile", "policy", "task", "reward", "seed"}
+    own = {"profile", "policy", "task", "seed"}
+    settings = {field.name for kind in SETTINGS for field in dataclasses.fields(kind)}
+    settings |= {"reward", "objective", "jpeg_encoding"}
     values = parameters("50_finetune")
-    assert set(values) == own | {field.name for field in dataclasses.fields(Finetune)}
-    assert all(values[field.name] is None for field in dataclasses.fields(Finetune))
+    assert set(values) == own | settings
+    assert all(values[name] is None for name in settings)
 
 
 def test_published_numbers():
@@ -147,14 +154,14 @@ def test_published_numbers():
     effects = (table.ddpo_mean - table.baseline_mean).abs() / (table.baseline_se * table.n**0.5)
     assert effects.round(2).tolist() == [1.49, 2.37, 0.91, 2.81, 1.14, 2.07, 2.25]
     hyperparameters = pd.read_csv(paths.THESIS / "table_a_2.csv", index_col="setting")
-    for field in dataclasses.fields(Finetune):
+    for field in (field for kind in SETTINGS for field in dataclasses.fields(kind)):
         if field.name in hyperparameters.index and field.name != "peak_learning_rate":
             published = hyperparameters.compressibility[field.name]
             assert pd.isna(published) or field.type(published) == field.default, field.name
 
 
 def test_smoke_profile_has_the_runs_of_the_toy_profile():
-    smoke, toy = config.load("smoke"), config.load("toy")
+    smoke, toy = profiles.load("smoke"), profiles.load("toy")
     assert smoke.policies == toy.policies and smoke.models == toy.models
     assert {run.name for run in toy.batch()} == {run.name for run in smoke.batch()}
     assert {run.name: run.reward for run in toy.batch()} == {
@@ -215,36 +222,39 @@ def test_every_notebook_runs_from_another_folder(executed, root):
 
 
 def test_declared_figures_are_there_and_not_blank(executed, root):
-    manifest = {e["name"]: e for e in json.loads((root / "figures" / "manifest.json").read_text())}
-    declared = {name: notebook for notebook, e in batch.NOTEBOOKS.items() for name in e.makes}
+    manifest = {
+        e["name"]: e
+        for e in json.loads((root / "figures" / "manifest.json").read_text(encoding="utf-8"))
+    }
+    declared = {name: notebook for notebook, e in batch.contents().items() for name in e.makes}
     assert sorted(manifest) == sorted(declared)
     for name, notebook in declared.items():
         entry = manifest[name]
         assert entry["notebook"] == notebook and entry["profile"] == "smoke"
-        assert set(entry["source_runs"]) <= {run.name for run in config.load("smoke").batch()}
+        assert set(entry["source_runs"]) <= {run.name for run in profiles.load("smoke").batch()}
         check_files(entry, root / "figures")
 
 
 def test_table_5_1_has_its_seven_rows(executed, root):
     table = pd.read_csv(root / "figures" / "smoke" / "table_5_1.csv")
-    assert table.columns.tolist() == evaluation.COLUMNS
+    assert table.columns.tolist() == results.COLUMNS
     assert table.groupby("policy").size().to_dict() == {"faces": 4, "churches": 3}
     assert (table.n == 20).all()
 
 
 def test_finished_finetuning_is_marked_complete(executed, root):
     home = root / "data" / "runs" / "smoke" / "faces-compressibility-s0"
-    assert json.loads((home / "evaluation.json").read_text())["n"] == 20
+    assert json.loads((home / "evaluation.json").read_text(encoding="utf-8"))["n"] == 20
 
 
 def test_notebooks_pass_nbval(executed, root, tmp_path):
     """Top to bottom in a fresh kernel, as in JupyterLab after editing the profile by hand."""
 
     def nbval(name):
-        text = (paths.NOTEBOOKS / f"{name}.ipynb").read_text()
+        text = (paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
         copy = tmp_path / f"{name}.ipynb"
         copy.write_text(text.replace('profile = \\"toy\\"', 'profile = \\"smoke\\"'))
-        assert copy.read_text() != text
+        assert copy.read_text(encoding="utf-8") != text
         return call(root, tmp_path, "pytest", "--nbval-lax", "-p", "no:cacheprovider", copy)
 
     with ThreadPoolExecutor(2) as pool:
@@ -260,9 +270,10 @@ def test_own_reward_by_name(executed, root, tmp_path):
     own = ["-p", "task", "blue", "-p", "reward", "my_rewards:blueness", "-p", "n_iterations", "1"]
     done = papermill(root, tmp_path, "50_finetune", "-p", "profile", "smoke", *own)
     assert done.returncode == 0, done.stderr[-3000:]
-    settings = json.loads((root / "data/runs/smoke/faces-blue-s0/settings.json").read_text())
-    assert settings["reward"] == "my_rewards:blueness"
-    assert settings["settings"]["n_iterations"] == 1
+    home = root / "data/runs/smoke/faces-blue-s0"
+    settings = json.loads((home / "settings.json").read_text(encoding="utf-8"))
+    assert settings["identity"]["reward"]["name"] == "blueness"
+    assert runs.iterations_done(home) == 1
 
 
 def test_misspelled_parameter_stops_before_anything_runs(root, tmp_path):

@@ -285,6 +285,12 @@ def test_whole_numbers_are_numbers():
     assert values.tolist() == [0, 1, 2, 3] and values.dtype == torch.float32
 
 
+def test_rewards_network_keeps_no_graph():
+    seen = []
+    rewards.checked(lambda images: seen.append(torch.is_grad_enabled()) or [0.0])(images_of(1))
+    assert seen == [False]
+
+
 def test_checking_twice_is_checking_once():
     once = rewards.checked(brightest)
     assert rewards.checked(once)(images_of()).equal(once(images_of()))

@@ -8,15 +8,15 @@ import sys
 import pytest
 import yaml
 
-from ddpo_lib import batch, config, paths
+from ddpo_lib.book import batch, paths, profiles
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A project whose profile thesis has the toy models under another name, and small counts."""
-    for folder in ("notebooks", "data/thesis", "data/toy"):
+    """A checkout whose profile thesis has the toy models under another name, and small counts."""
+    for folder in ("ddpo_lib", "config", "notebooks", "data/thesis", "data/toy"):
         shutil.copytree(paths.ROOT / folder, tmp_path / folder)
     shutil.copytree(paths.TOY, tmp_path / "data" / "hub")
     profile = yaml.safe_load((paths.CONFIG / "thesis.yaml").read_text())
@@ -29,7 +29,6 @@ def root(tmp_path):
     profile["finetune"] |= {"n_samples": 20, "n_steps": 10, "n_development": 16}
     for task in profile["tasks"].values():
         task["n_iterations"] = 2
-    (tmp_path / "config").mkdir()
     (tmp_path / "config" / "thesis.yaml").write_text(yaml.safe_dump(profile))
     return tmp_path
 
@@ -38,10 +37,10 @@ def test_every_notebook_runs_where_no_picture_has_known_factors(root):
     command = [sys.executable, "-m", "snakemake", "-s", paths.ROOT / "Snakefile", "--cores", "2"]
     command += ["--config", "profile=thesis", "--nolock", "--keep-going", "--quiet"]
     programs = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"DDPO_ROOT": str(root), "PATH": programs}
+    env = os.environ | {"PYTHONPATH": str(root), "PATH": programs}
     env.pop("MPLBACKEND", None)  # the kernel's own, which shows figures in the notebook
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    thesis = config.load("thesis")
-    declared = {file for entry in batch.NOTEBOOKS.values() for file in entry.files(thesis)}
+    thesis = profiles.load("thesis")
+    declared = {file for entry in batch.contents().values() for file in entry.files(thesis)}
     assert declared == {file.name for file in (root / "figures" / "thesis").iterdir()}

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMPipeline
 from sklearn.metrics import roc_auc_score
 
-from ddpo_lib import encoders, paths
+from ddpo_lib import encoders
+from ddpo_lib.book import paths
 from ddpo_lib.toy import aesthetic, churches, faces, make, policies, quality, regressor
 from ddpo_lib.toy import encoders as toy_encoders
 from ddpo_lib.toy.drawing import to_tensor

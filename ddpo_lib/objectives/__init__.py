@@ -47,8 +47,7 @@ def load(objective: str | ModuleType) -> ModuleType:
     missing = [name for name in FUNCTIONS if not hasattr(objective, name)]
     if missing:
         raise ValueError(
-            f"the objective {getattr(objective, '__name__', objective)!r} lacks {missing}: a module "
-            f"needs {FUNCTIONS}, see ddpo_lib.objectives; take the others from "
-            "ddpo_lib.objectives.ddpo"
+            f"the objective {getattr(objective, '__name__', objective)!r} lacks {missing}; what "
+            "yours has no need to change, import from ddpo_lib.objectives.ddpo"
         )
     return objective
