@@ -44,7 +44,7 @@ def to_uint8(images: torch.Tensor, encoding: str = "rescaled") -> torch.Tensor:
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """The inverse of `to_uint8`: (N, H, W, C) uint8 → (N, C, H, W) float32 in [-1, 1]."""
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"expected uint8 images (N, H, W, C), got {_kind(images)}")
+        raise ValueError(f"expected a uint8 tensor (N, H, W, C), got {_kind(images)}")
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -53,8 +53,8 @@ def check_images(images: torch.Tensor) -> None:
     FloatingPointError for images that are not finite, which it names."""
     if not (isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4):
         raise ValueError(
-            f"expected float images (N, C, H, W) in [-1, 1], got {_kind(images)}; of uint8 images "
-            "(N, H, W, C), `rewards.from_uint8` makes them"
+            f"expected a float tensor (N, C, H, W) in [-1, 1], got {_kind(images)}; of uint8 "
+            "images (N, H, W, C), `rewards.from_uint8` makes one"
         )
     if bad := _not_finite(images):
         raise FloatingPointError(f"images {bad} are not finite: what drew them has diverged")

@@ -138,7 +138,7 @@ def test_embed_is_clip_on_what_a_viewer_sees():
 def test_embed_wants_uint8():
     clip = encoders.Clip(MeanColour(), None, image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
     with pytest.raises(
-        ValueError, match=r"uint8 images \(N, H, W, C\), got torch.float64 of shape"
+        ValueError, match=r"uint8 tensor \(N, H, W, C\), got torch.float64 of shape"
     ):
         diversity.embed(np.zeros((5, 8, 8, 3)), clip)
 

@@ -85,7 +85,7 @@ def test_uint8_and_back():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 8, 8, 3), torch.zeros(8, 8, 3).byte()])
 def test_only_uint8_images_become_floats(wrong):
-    with pytest.raises(ValueError, match=r"uint8 images \(N, H, W, C\), got torch"):
+    with pytest.raises(ValueError, match=r"uint8 tensor \(N, H, W, C\), got torch"):
         rewards.from_uint8(wrong)
 
 
@@ -216,7 +216,7 @@ def test_images_that_are_not_finite_are_named(looks, value):
     [
         (torch.zeros(2, 3, 8, 8).byte(), r"got torch.uint8 of shape \(2, 3, 8, 8\).*from_uint8"),
         (torch.zeros(2, 3, 8, 8).long(), "got torch.int64"),
-        (torch.zeros(3, 8, 8), r"float images \(N, C, H, W\).*got torch.float32 of shape \(3, 8, "),
+        (torch.zeros(3, 8, 8), r"float tensor \(N, C, H, W\).*got torch.float32 of shape \(3, 8, "),
         (np.zeros((2, 3, 8, 8)), "got float64 of shape"),
         (torch.linspace(0, 255, 2 * 3 * 256).view(2, 3, 16, 16), r"got 0 to 255: .* by 127.5"),
     ],
