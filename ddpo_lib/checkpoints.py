@@ -38,17 +38,16 @@ def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> Non
 
 
 def load_learner(home: Path, base: Policy) -> Policy:
-    """The policy in last/, on the device of its base. Raises ValueError if last/ is damaged."""
+    """The policy in last/, on the device of its base. ValueError if last/ is damaged."""
     with runs.whole(home / "last"):
         return policy.load(home / "last", device=str(base.device), bf16=base.bf16)
 
 
 def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Module | None) -> None:
-    """Put last/'s moments and helpers' weights back. Raises ValueError if it is damaged."""
+    """Put last/'s moments and helpers' weights back. ValueError if last/ is damaged."""
     with runs.whole(home / "last"):
-        moments = load_file(home / "last" / "optimizer.safetensors")
         state: dict[int, dict] = {}
-        for name, value in moments.items():
+        for name, value in load_file(home / "last" / "optimizer.safetensors").items():
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -57,8 +56,6 @@ def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Modu
 
 
 def learned(helpers: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The helpers' weights that require a gradient; frozen ones come back from the pretrained
-    policy."""
-    return {
-        name: p.detach().contiguous() for name, p in helpers.named_parameters() if p.requires_grad
-    }
+    """The helpers' weights that require a gradient; frozen ones come from the pretrained policy."""
+    parameters = helpers.named_parameters()
+    return {name: p.detach().contiguous() for name, p in parameters if p.requires_grad}

@@ -16,15 +16,10 @@ def embed(images: np.ndarray, clip: encoders.Clip) -> np.ndarray:
 
 
 def tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
-    """A map (n, 2) on which near neighbours among embeddings (n, D) stay near.
+    """A map (n, 2) on which near neighbours among embeddings (n, D) stay near; n is at least 4.
 
     Distances across the map and areas of its clusters mean nothing. The perplexity is 30, or a
-    third of n where there are fewer than 90.
-
-    Raises:
-        ValueError: fewer than four embeddings, one that is not finite, or all the same.
-
-    Source: van der Maaten and Hinton, 2008.
+    third of n where there are fewer than 90. Source: van der Maaten and Hinton, 2008.
     """
     _check(embeddings, "t-SNE", at_least=4)
     if np.ptp(embeddings, axis=0).max() <= 1e-6 * np.abs(embeddings).max():
@@ -38,24 +33,14 @@ def tsne(embeddings: np.ndarray, seed: int) -> np.ndarray:
 def vendi_score(embeddings: np.ndarray) -> float:
     """The effective number of different images: 1 where all are the same, n where none are alike.
 
-    With the eigenvalues l_i of K / n, where K holds the cosines between the images, it is
-    exp(-sum_i l_i log l_i).
-
-    Args:
-        embeddings: (n, D), n at least 1, each of length 1.
-
-    Raises:
-        ValueError: no embeddings, or one that is of another length or not finite.
-
-    Source: Friedman and Dieng, 2023, definition 3.1.
+    With the eigenvalues l_i of K / n, where K holds the cosines between embeddings (n, D) of length
+    1, it is exp(-sum_i l_i log l_i). Source: Friedman and Dieng, 2023, definition 3.1.
     """
     _check(embeddings, "the Vendi score", at_least=1)
     lengths = np.linalg.norm(embeddings, axis=1)
     if not np.allclose(lengths, 1, atol=1e-3):
-        raise ValueError(
-            f"the embeddings' lengths are {lengths.min():.3g} to {lengths.max():.3g}, must be 1: "
-            "divide each by its own"
-        )
+        said = f"{lengths.min():.3g} to {lengths.max():.3g}"
+        raise ValueError(f"embeddings' lengths are {said}, must be 1: divide each by its own")
     n, size = embeddings.shape
     # X Xᵀ and Xᵀ X have the same eigenvalues but for zeros, which count nothing.
     gram = embeddings @ embeddings.T if n < size else embeddings.T @ embeddings
@@ -66,30 +51,20 @@ def entropy(values: np.ndarray, levels: np.ndarray) -> float:
     """Shannon entropy in bits of values (n,), each counted at the nearest of the levels (k,).
 
     From 0, where all fall to one level, to log2 k, where they are spread evenly.
-
-    Raises:
-        ValueError: no values or no levels, or one that is not finite.
     """
     levels = np.unique(levels)
-    if not (
-        len(values) and len(levels) and np.isfinite(values).all() and np.isfinite(levels).all()
-    ):
-        raise ValueError(
-            f"entropy of {len(values)} values at {len(levels)} levels: give at least one of each, "
-            "all finite"
-        )
+    if not all(len(each) and np.isfinite(each).all() for each in (values, levels)):
+        counts = f"{len(values)} values at {len(levels)} levels"
+        raise ValueError(f"entropy of {counts}: give at least one of each, all finite")
     nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, values)
     return float(_entropy(np.bincount(nearest) / len(values)) / np.log(2))
 
 
 def _check(embeddings: np.ndarray, what: str, at_least: int) -> None:
     if embeddings.ndim != 2 or len(embeddings) < at_least:
-        raise ValueError(
-            f"{what} of an array of shape {embeddings.shape}: give embeddings (n, D) of at least "
-            f"{at_least} images"
-        )
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1)).tolist()
-    if bad:
+        needed = f"give embeddings (n, D) of at least {at_least} images"
+        raise ValueError(f"{what} of an array of shape {embeddings.shape}: {needed}")
+    if bad := np.flatnonzero(~np.isfinite(embeddings).all(axis=1)).tolist():
         raise ValueError(f"{what}: embeddings {bad[:10]} are not finite")
 
 

@@ -1,7 +1,9 @@
 """Frozen networks that look at images: CLIP, the aesthetic head on top of it, the age classifier.
 
 All take float images (N, 3, S, S) in [-1, 1] of any size S and are differentiable with respect to
-them, because their preprocessing works on tensors.
+them, because their preprocessing works on tensors. The loaders take a source, see `hub`, and a
+device, by default a GPU if there is one. They raise FileNotFoundError where the source does not
+exist or the Hub did not give it, and ValueError where its files are damaged or another model's.
 """
 
 import hashlib
@@ -23,7 +25,6 @@ UNDER30 = (0, 1, 2, 3)
 OVER50 = (6, 7, 8)
 
 LAION_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-"""Of the published file, `hub.LAION_HEAD`."""
 
 Numbers = tuple[float, float, float]
 
@@ -75,18 +76,7 @@ class AestheticHead(nn.Module):
 
 
 def load_clip(source: str | Path, device: str | None = None) -> Clip:
-    """Load CLIP with open_clip.
-
-    Args:
-        source: a folder with `open_clip_config.json` and `open_clip_model.safetensors`, or
-            "architecture:pretrained" such as "ViT-L-14:openai", with a revision of its repository
-            on the Hub after an @ if it is not to be the newest.
-        device: "cpu", "cuda", …; default: a GPU if there is one.
-
-    Raises:
-        FileNotFoundError: no such folder or pretrained model, or the Hub did not give it.
-        ValueError: the folder's files do not make a CLIP model, or are truncated.
-    """
+    """Load CLIP with open_clip, from a folder in its format or by its name, "ViT-L-14:openai"."""
     import open_clip
 
     source = str(source)
@@ -97,23 +87,18 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
         name, options = f"local-dir:{folder}", {}
     elif (architecture, tag) in open_clip.list_pretrained():
         recipe = open_clip.get_pretrained_cfg(architecture, tag)
-        name, options = architecture, {
-            "pretrained": str(hub.fetch("clip", source)),
-            # OpenAI's weights want the activation they were trained with; open_clip only warns.
-            "force_quick_gelu": recipe.get("quick_gelu", False),
-            "image_mean": recipe["mean"],
-            "image_std": recipe["std"],
-        }  # fmt: skip
+        name, options = architecture, {"pretrained": str(hub.fetch("clip", source))}
+        options |= {"image_mean": recipe["mean"], "image_std": recipe["std"]}
+        # OpenAI's weights want the activation they were trained with; open_clip only warns.
+        options["force_quick_gelu"] = recipe.get("quick_gelu", False)
     else:
         raise FileNotFoundError(
-            f"no CLIP model at {source!r}. Give a folder in open_clip's format or "
-            "'architecture:pretrained', for instance 'ViT-L-14:openai'; "
-            "open_clip.list_pretrained() names them all"
+            f"no CLIP model at {source!r}: give a folder in open_clip's format or a name from "
+            "open_clip.list_pretrained(), such as 'ViT-L-14:openai'"
         )
+    options["require_pretrained"] = True
     try:
-        model, _, _ = open_clip.create_model_and_transforms(
-            name, require_pretrained=True, **options
-        )
+        model, _, _ = open_clip.create_model_and_transforms(name, **options)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         raise _unreadable(source, "a CLIP model", error) from error
@@ -125,10 +110,8 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
 
 def embed_images(clip: Clip, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
     """L2-normalised CLIP embeddings (N, D) of float images (N, 3, S, S) in [-1, 1]."""
-    embeddings = [
-        clip.model.encode_image(_prepare(part, clip, _resize))
-        for part in _on(clip.model, images).split(batch_size)
-    ]
+    parts = _on(clip.model, images).split(batch_size)
+    embeddings = [clip.model.encode_image(_prepare(part, clip, _resize)) for part in parts]
     return F.normalize(torch.cat(embeddings), dim=-1)
 
 
@@ -139,17 +122,7 @@ def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
 
 
 def load_aesthetic_head(source: str | Path, device: str | None = None) -> AestheticHead:
-    """Load an aesthetic head; its input size is read from the weights.
-
-    Args:
-        source: a folder with `model.safetensors`; the file that LAION published, "….pth"; or the id
-            of a repository on the Hub that holds either.
-        device: "cpu", "cuda", …; default: a GPU if there is one.
-
-    Raises:
-        FileNotFoundError: no such file, or the Hub did not give it.
-        ValueError: the file is truncated, holds another model, or is a .pth but not LAION's.
-    """
+    """Load an aesthetic head: `model.safetensors` in a folder, or the .pth that LAION published."""
     weights = hub.fetch("aesthetic", str(source))
     if weights.suffix not in (".pth", ".safetensors"):
         weights = weights / "model.safetensors"
@@ -158,8 +131,7 @@ def load_aesthetic_head(source: str | Path, device: str | None = None) -> Aesthe
     if pickled and (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != LAION_HEAD_SHA256:
         raise ValueError(
             f"{weights} is not the head that LAION published, {hub.LAION_HEAD}: its sha256 is "
-            f"{found} and not {LAION_HEAD_SHA256}. Fetch it again; save a head of your own as "
-            "model.safetensors"
+            f"{found}. Fetch it again; save a head of your own as model.safetensors"
         )
     try:
         state = torch.load(weights, "cpu", weights_only=True) if pickled else load_file(weights)
@@ -171,15 +143,7 @@ def load_aesthetic_head(source: str | Path, device: str | None = None) -> Aesthe
 
 
 def load_age_classifier(source: str | Path, device: str | None = None) -> AgeClassifier:
-    """Load an age classifier from a transformers folder or a Hub id ("nateraw/vit-age-classifier").
-
-    Args:
-        device: "cpu", "cuda", …; default: a GPU if there is one.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a model that the Hub can give.
-        ValueError: the model is truncated or not a ViT with FairFace's nine age classes.
-    """
+    """Load an age classifier from a transformers folder or the Hub: "nateraw/vit-age-classifier"."""
     folder = hub.fetch("age", str(source))
     kind = "an age classifier's folder, nor an id such as 'nateraw/vit-age-classifier'"
     _require(folder, kind, "config.json", "model.safetensors")
@@ -204,11 +168,9 @@ def age_logits(
     classifier: AgeClassifier, images: torch.Tensor, batch_size: int = 250
 ) -> torch.Tensor:
     """Logits (N, 9) over AGE_CLASSES of float images (N, 3, S, S) in [-1, 1]."""
-    logits = [
-        classifier.model(pixel_values=_prepare(part, classifier, _resize_levels)).logits
-        for part in _on(classifier.model, images).split(batch_size)
-    ]
-    return torch.cat(logits)
+    model, parts = classifier.model, _on(classifier.model, images).split(batch_size)
+    ready = (_prepare(part, classifier, _resize_levels) for part in parts)
+    return torch.cat([model(pixel_values=part).logits for part in ready])
 
 
 def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, resize) -> torch.Tensor:
@@ -228,10 +190,8 @@ def _resize(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Ten
 
 
 def _resize_levels(images: torch.Tensor, size: int) -> torch.Tensor:
-    """As image processors of transformers do: of 8-bit images, to 8-bit images.
-
-    The gradient is that of a resize without rounding.
-    """
+    """As image processors of transformers do, of 8-bit images to 8-bit images, with the gradient of
+    a resize without rounding."""
     smooth = _resize(images, size, "bilinear")
     # The 8-bit kernel is the CPU's alone.
     levels = ((images.detach() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
@@ -251,13 +211,9 @@ def _frozen(model: nn.Module, device: str | None) -> nn.Module:
 def _require(folder: Path, kind: str, *names: str) -> None:
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is not {kind}: {name} is missing. Fetch it again, or name another source"
-            )
+            raise FileNotFoundError(f"{folder} is not {kind}: {name} is missing. Fetch it again")
 
 
 def _unreadable(source: str | Path, kind: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{source} cannot be read as {kind}: its files are truncated or belong to another model. "
-        f"Fetch it again. Cause: {hub.cause(error)}"
-    )
+    reason = "its files are truncated or another model's. Fetch it again"
+    return ValueError(f"{source} cannot be read as {kind}: {reason}. Cause: {hub.cause(error)}")

@@ -22,10 +22,8 @@ def draw(
     """Pictures from fixed noise: uint8 (n, H, W, C); the first of n are the same for every n.
 
     Args:
-        n_steps, eta: of the sampler, see `sampler.rollout`.
-        seed: of the initial noise, and above eta = 0 of the steps' noise, which so is the same for
-            every policy.
-        batch_size, progress: as in `sampler.rollout`.
+        n_steps, eta, batch_size, progress: as in `sampler.rollout`.
+        seed: of the initial noise, and above eta = 0 of the steps' noise, for every policy alike.
     """
     seeds = sampler.seeds(seed, n)
     x_T = sampler.noise(policy, seeds)
@@ -36,11 +34,8 @@ def draw(
 def score(
     pictures: np.ndarray, reward: Callable, batch_size: int = 250, device: str | None = None
 ) -> np.ndarray:
-    """A reward of uint8 pictures (n, H, W, C): what a viewer's file would score, (n,) float64.
-
-    Args:
-        device: where the reward gets the images; by default a GPU if there is one.
-    """
+    """A reward of uint8 pictures (n, H, W, C): what a viewer's file would score, (n,) float64. The
+    reward gets them on `device`, by default a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     judge = rewards.checked(reward)
     batches = torch.from_numpy(pictures).split(batch_size)
@@ -56,24 +51,16 @@ def standard_error(values: np.ndarray) -> float:
 def bootstrap(
     statistic: Callable[..., float], *samples: np.ndarray, seed: int, n_bootstrap: int = 1000
 ) -> tuple[float, float, float]:
-    """A statistic of pictures and its 95 % interval: value, low, high.
-
-    The interval is the middle 95 % of the statistic's values on resampled pictures.
+    """A statistic and the middle 95 % of its values on resampled pictures: value, low, high.
 
     Args:
         statistic: takes arrays like `samples` and gives a number.
-        samples: arrays (n, …) whose rows belong together, for instance scores of pictures from the
-            same noise before and after. A resample takes the same rows from all of them.
-
-    Raises:
-        ValueError: the samples differ in length, have fewer than two rows, or are not finite.
+        samples: finite arrays (n, …), n at least 2, whose rows belong together, for instance scores
+            of pictures from the same noise before and after: they are resampled together.
     """
     lengths = [len(sample) for sample in samples]
     if len(set(lengths)) != 1 or lengths[0] < 2:
-        raise ValueError(
-            f"samples of {lengths} rows: a bootstrap resamples rows that belong together, so all "
-            "need the same number of them, at least 2"
-        )
+        raise ValueError(f"samples of {lengths} rows: all need the same number of them, at least 2")
     if bad := [i for i, sample in enumerate(samples) if not np.isfinite(sample).all()]:
         raise ValueError(f"samples {bad} hold values that are not finite")
     picks = np.random.default_rng(seed).integers(lengths[0], size=(n_bootstrap, lengths[0]))
@@ -83,22 +70,13 @@ def bootstrap(
 
 
 def effect_size(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """The change of the mean in standard deviations of `before`, and its 95 % interval.
-
-    Args:
-        before, after: (n,), entry i of both from the same noise.
-
-    Raises:
-        ValueError: the lengths differ, values are not finite, or all of `before` is one value.
-    """
+    """`change` and its 95 % interval; entry i of before and after (n,) is from the same noise."""
     if np.ptp(before) == 0:
-        raise ValueError(
-            f"all {len(before)} values before are {before[0]}: there is no standard deviation to "
-            "measure a change in"
-        )
+        said = f"all {len(before)} values before are {before[0]}"
+        raise ValueError(f"{said}: there is no standard deviation to measure a change in")
     return bootstrap(change, before, after, seed=seed)
 
 
 def change(before: np.ndarray, after: np.ndarray) -> float:
-    """Of the mean, in standard deviations of `before`."""
+    """The effect size: the change of the mean in standard deviations of `before`."""
     return (after.mean() - before.mean()) / before.std(ddof=1)

@@ -23,8 +23,7 @@ class Experience:
     steps: torch.Tensor
     """(K,) int64: the steps k that are learned from, see `learnable_steps`."""
     groups: torch.Tensor | None = None
-    """(N,) int64 labels of samples that are compared with each other alone, such as those of one
-    prompt; None where all are."""
+    """(N,) int64: samples of one label are compared with each other alone; None for one group."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,12 @@ class Rescored:
 
 
 def learnable_steps(stds: torch.Tensor, min_std: float = 0.0) -> torch.Tensor:
-    """Indices (K,) int64 of the steps with sigma_t > min_std; the others are no actions.
-
-    Args:
-        stds: (T,), as in `Trajectory.stds`.
-
-    Raises:
-        ValueError: there is no such step.
-    """
+    """Indices (K,) int64 of the steps with sigma_t > min_std, of stds (T,); others are no actions.
+    ValueError where there is none."""
     steps = torch.nonzero(stds > min_std).view(-1)
     if len(steps) == 0:
-        raise ValueError(
-            f"no step has sigma_t > {min_std}, the largest is {stds.max():.3g}: roll out with "
-            "eta > 0 and more steps, or lower min_std"
-        )
+        largest = f"no step has sigma_t > {min_std}, the largest is {stds.max():.3g}"
+        raise ValueError(f"{largest}: roll out with eta > 0 and more steps, or lower min_std")
     return steps
 
 
@@ -71,13 +62,8 @@ def pairs(steps: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
 
 
 def standardise(rewards: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
-    """(reward - mean) / sd within each group, (N,) float64.
-
-    Args:
-        rewards: (N,).
-        groups: (N,) labels: the mini-batch or the prompt that each sample belongs to. None for one
-            group. A group whose rewards are all equal gets zeros.
-    """
+    """(reward - mean) / sd of rewards (N,) within each group, (N,) float64; zeros where all of a
+    group are equal. Groups are labels (N,), None for one group."""
     rewards = rewards.double()
     groups = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups
     result = torch.zeros_like(rewards)
@@ -91,22 +77,13 @@ def standardise(rewards: torch.Tensor, groups: torch.Tensor | None = None) -> to
 def rescore(
     policy: Policy, trajectory: Trajectory, step: torch.Tensor, sample: torch.Tensor
 ) -> Rescored:
-    """Score decisions (step[u], sample[u]) under the policy.
-
-    Args:
-        step, sample: (U,) int64.
-    """
-    device, context = policy.device, trajectory.context
-    new = transition(
-        policy,
-        trajectory.states[step, sample].to(device),
-        trajectory.timesteps[step].to(device),
-        trajectory.t_prev[step].to(device),
-        trajectory.eta,
-        context and context.select(sample),
-    )
-    x_prev = trajectory.states[step + 1, sample].to(device)
-    old, old_mean = trajectory.log_probs[step, sample], trajectory.means[step, sample]
+    """Score decisions (step[u], sample[u]), (U,) int64 each, under the policy."""
+    device, context = policy.device, trajectory.context and trajectory.context.select(sample)
+    x_t, x_prev = (trajectory.states[k, sample].to(device) for k in (step, step + 1))
+    t, t_prev = (each[step].to(device) for each in (trajectory.timesteps, trajectory.t_prev))
+    new = transition(policy, x_t, t, t_prev, trajectory.eta, context)
     value = log_prob(x_prev, new.mean, new.std, trajectory.reduction)
-    divergence = kl(new.mean.detach(), old_mean.to(device), new.std)
-    return Rescored(value, value - old.to(device), divergence)
+    old, old_mean = (
+        each[step, sample].to(device) for each in (trajectory.log_probs, trajectory.means)
+    )
+    return Rescored(value, value - old, kl(new.mean.detach(), old_mean, new.std))

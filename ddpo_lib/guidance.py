@@ -14,12 +14,11 @@ import torch
 
 from ddpo_lib.policy import Context, Policy, configuration, predict_noise
 
-if TYPE_CHECKING:  # CLIP's library takes seconds to import
+if TYPE_CHECKING:
     from ddpo_lib.encoders import Clip
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
-"""Images (N, C, H, W), about in [-1, 1], to one number each, (N,), differentiable and low where
-the image is as wished."""
+"""Images (N, C, H, W), about in [-1, 1], to (N,) differentiable numbers, low where as wished."""
 
 
 def clip_distance(clip: "Clip", prompt: str) -> Loss:
@@ -38,32 +37,22 @@ def gradient(
 
     The loss sees x~_{t→0} (equation 2.25), not x_t: networks that were trained on images are
     blind in noise. So the gradient passes through the denoiser. x~ is not clamped, because a
-    clamp passes no gradient at saturated pixels.
-
-    Args:
-        x_t: (N, C, H, W) float32.
-        t: (N,) int64 timesteps in [0, T).
-        context: of these N samples, see `policy.encode`.
+    clamp passes no gradient at saturated pixels. Arguments as in `policy.transition`.
 
     Returns:
         grad_{x_t} loss(x~_{t→0}) and, as it is there already, eps_theta(x_t, t); each like x_t.
-
-    Raises:
-        ValueError: the loss does not give one number per image.
     """
     # At high noise the derivative is a small difference of large terms, divided by a small
     # sqrt(alpha_bar_t). In bfloat16 it points elsewhere (cosine with float32's about 0.7).
     policy = dataclasses.replace(policy, bf16=False)
-    a_t = _alpha_bar(policy, t)
+    a_t = policy.alpha_bar_at(t)
     with torch.enable_grad():  # samplers run without
         x_t = x_t.detach().requires_grad_()
         eps = predict_noise(policy, x_t, t, context)
         values = loss((x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt())
-        if values.shape != (len(x_t),):
-            raise ValueError(
-                f"the guidance's loss returned shape {tuple(values.shape)} for {len(x_t)} "
-                f"images: it must return one number each, shape ({len(x_t)},)"
-            )
+        n, shape = len(x_t), tuple(values.shape)
+        if shape != (n,):
+            raise ValueError(f"loss returned shape {shape} for {n} images: it must be shape ({n},)")
         (grad,) = torch.autograd.grad(values.sum(), x_t)
     return grad, eps.detach()
 
@@ -80,19 +69,12 @@ def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
         loss: what the images should make small, for instance `clip_distance`.
         scale: gamma, at least 0; 0 leaves the policy as it is. A prediction costs a backward pass
             too, and memory for it: give the sampler a smaller `batch_size` for large networks.
-
-    Raises:
-        ValueError: a negative or infinite scale.
     """
     if not 0 <= scale < float("inf"):
-        raise ValueError(
-            f"scale={scale}: gamma must be a number from 0 up; to lean the other way, negate the "
-            "loss"
-        )
+        raise ValueError(f"scale={scale}: gamma must be a number from 0 up; or negate the loss")
     # What takes the network's place gives eps, also where the network gives v.
-    scheduler = policy.scheduler.from_config(
-        configuration(policy.scheduler), prediction_type="epsilon"
-    )
+    settings = configuration(policy.scheduler) | {"prediction_type": "epsilon"}
+    scheduler = policy.scheduler.from_config(settings)
     return Policy(_Guided(policy, loss, scale), scheduler, bf16=False)
 
 
@@ -114,10 +96,5 @@ class _Guided:
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> SimpleNamespace:
         grad, eps = gradient(self.policy, self.loss, x_t, t)
-        towards = self.scale * (1 - _alpha_bar(self.policy, t)).sqrt() * grad
+        towards = self.scale * (1 - self.policy.alpha_bar_at(t)).sqrt() * grad
         return SimpleNamespace(sample=eps + towards)
-
-
-def _alpha_bar(policy: Policy, t: torch.Tensor) -> torch.Tensor:
-    """alpha_bar_t, (N, 1, 1, 1)."""
-    return policy.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)

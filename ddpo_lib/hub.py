@@ -2,7 +2,8 @@
 
 A source is a local folder or file; a repository, "google/ddpm-church-256"; a commit, tag or branch
 of it, "google/ddpm-church-256@5a1118b…"; or open_clip's name of a CLIP model that it keeps on the
-Hub, "ViT-L-14:openai", with or without an @.
+Hub, "ViT-L-14:openai", with or without an @. What cannot be had is a FileNotFoundError that says
+why and what to do.
 """
 
 import contextlib
@@ -21,10 +22,7 @@ FILES = {
 
 
 def locate(source: str) -> tuple[str, str | None] | None:
-    """The repository of a source and its revision, None for the newest.
-
-    None for a source that is not the Hub's: a path, or a name that nothing knows.
-    """
+    """Repository and revision, None for the newest, of a source; None for one not the Hub's."""
     if Path(source).exists():
         return None
     name, _, revision = source.removeprefix("https://huggingface.co/").partition("@")
@@ -42,12 +40,7 @@ def locate(source: str) -> tuple[str, str | None] | None:
 @functools.cache
 def commit(source: str) -> str | None:
     """The commit that a source stands for, looked up once in a process; None for a local one.
-
-    Where the Hub is out of reach, it is what the cache took for this revision last.
-
-    Raises:
-        FileNotFoundError: neither the Hub nor the cache knows it; says why and what to do.
-    """
+    Where the Hub is out of reach, it is what the cache took for this revision last."""
     place = locate(source)
     if place is None:
         return None
@@ -60,15 +53,8 @@ def commit(source: str) -> str | None:
 
 
 def fetch(kind: str, source: str) -> Path:
-    """The folder with a model's files, or its only file. What the cache lacks is downloaded.
-
-    Args:
-        kind: "policy", or one of `FILES`.
-        source: see the head of this module; a local one is returned as it is.
-
-    Raises:
-        FileNotFoundError: the files cannot be had; says why and what to do.
-    """
+    """The folder with a model's files, or its only file; a local source is returned as it is. What
+    the cache lacks is downloaded. `kind` is "policy", or one of `FILES`."""
     place = locate(source)
     if place is None:
         return Path(source)
@@ -85,7 +71,6 @@ def fetch(kind: str, source: str) -> Path:
 
 
 def _first(repository: str, names: tuple[str, ...], where: dict) -> Path:
-    """The first of the files that the repository has."""
     from huggingface_hub import errors, hf_hub_download
 
     for name in names:
@@ -109,7 +94,7 @@ def explained(source: str, wish: str = "get") -> Iterator[None]:
 
 
 def _advice(error: Exception, source: str) -> str:
-    """What to do about an error, in the words of somebody who wanted a model."""
+    """What to do about an error."""
     from huggingface_hub import constants, errors
 
     chain = [error]  # and the errors behind it
@@ -123,35 +108,28 @@ def _advice(error: Exception, source: str) -> str:
     def is_any(*kinds):
         return any(isinstance(each, kinds) for each in chain)
 
-    cases = [
-        (numbers & {errno.ENOSPC, errno.EDQUOT},
-         f"the disk of its cache, {cache}, is full. Free some space, or set HF_HOME to a folder on "
-         "a larger disk, and start again"),
-        (numbers & {errno.EACCES, errno.EPERM, errno.EROFS},
-         f"its cache, {cache}, cannot be written. Set HF_HOME to a folder that is yours"),
-        (is_any(errors.GatedRepoError),
-         f"its owner gives access on request. Ask on {page}, then log in here: `hf auth login`"),
-        (is_any(errors.RevisionNotFoundError),
-         f"{repository} has no revision {revision!r}. Take a commit (all 40 digits), a tag or a "
-         f"branch from {page}/commits/main"),
-        (is_any(errors.RepositoryNotFoundError, errors.HFValidationError),
-         f"there is no {repository}, or it is private. Check the spelling; for a private one, "
-         "`hf auth login`; a folder of your own must exist"),
-        (is_any(errors.LocalTokenNotFoundError) or statuses & {401, 403},
-         "it wants to know who you are. Log in with `hf auth login` and a token that allows it"),
-        (429 in statuses,
-         "it has had too many requests from here. Wait some minutes, or log in: `hf auth login`"),
-        (is_any(errors.RemoteEntryNotFoundError),
-         f"{page} lacks a file that this kind of model has. Take another repository"),
-        (constants.HF_HUB_OFFLINE,
-         f"HF_HUB_OFFLINE is set and the cache, {cache}, does not have all of it. Start once "
-         "without HF_HUB_OFFLINE, or name a folder that holds the model"),
-        (True,
-         "the Hub cannot be reached, or the download broke off. Check the connection and start "
-         "again: what is downloaded stays. Without a network, copy the cache of a machine that has "
-         f"the model to {cache}, or name a folder that holds it"),
-    ]  # fmt: skip
-    return next(advice for holds, advice in cases if holds)
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
+        return f"the disk of its cache, {cache}, is full. Free some space, or set HF_HOME elsewhere"
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return f"its cache, {cache}, cannot be written. Set HF_HOME to a folder that is yours"
+    if is_any(errors.GatedRepoError):
+        return f"its owner gives access on request. Ask on {page}, then log in: `hf auth login`"
+    if is_any(errors.RevisionNotFoundError):
+        return f"{repository} has no revision {revision!r}. Take one from {page}/commits/main"
+    if is_any(errors.RepositoryNotFoundError, errors.HFValidationError):
+        missing = f"there is no {repository}, or it is private. Check the spelling; for a private"
+        return f"{missing} one, `hf auth login`; a folder of your own must exist"
+    if is_any(errors.LocalTokenNotFoundError) or statuses & {401, 403}:
+        return "it wants to know who you are. Log in with `hf auth login`"
+    if 429 in statuses:
+        return "it has had too many requests from here. Wait some minutes, or `hf auth login`"
+    if is_any(errors.RemoteEntryNotFoundError):
+        return f"{page} lacks a file that this kind of model has. Take another repository"
+    if constants.HF_HUB_OFFLINE:
+        missing = f"HF_HUB_OFFLINE is set and the cache, {cache}, does not have all of it"
+        return f"{missing}. Start once without HF_HUB_OFFLINE, or name a folder with the model"
+    missing = "the Hub cannot be reached, or the download broke off. Check the connection and start"
+    return f"{missing} again: what is downloaded stays. Or name a folder with the model"
 
 
 def cause(error: Exception) -> str:

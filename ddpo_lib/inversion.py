@@ -40,18 +40,13 @@ def invert(
     Returns:
         (n_steps + 1, N, C, H, W) float32, in the order of `Trajectory.states`: x_T first, x_0 last.
         `sampler.sample(policy, states[k], n_steps, skip=k)` goes on from state k.
-
-    Raises:
-        ValueError: images that the policy does not draw, or no evaluation.
     """
     sampler.check_shape(policy, x_0)
     if n_evaluations < 1:
         raise ValueError(f"n_evaluations={n_evaluations}: each step needs at least 1")
     policy = unclamped(policy)
     t, t_prev = steps(policy, n_steps)
-    alpha_bar = policy.alpha_bar.cpu()
-    a_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], policy.final_alpha_bar)
-    c = (a_prev / alpha_bar[t]).sqrt()
+    c = (policy.alpha_bar_at(t_prev) / policy.alpha_bar_at(t)).sqrt().flatten()
     backwards = list(zip(t, t_prev, c, strict=True))[::-1]
     states = [x_0]
     for now, to, c_t in tqdm(backwards, desc=progress, disable=progress is None, leave=False):

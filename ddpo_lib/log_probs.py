@@ -14,7 +14,7 @@ REDUCTIONS = ("mean", "sum")
 def log_prob(
     x_prev: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, reduction: str = "mean"
 ) -> torch.Tensor:
-    """log N(x_prev; mean, std^2 I) for each sample (equation 4.2).
+    """log N(x_prev; mean, std^2 I) for each sample, (N,) float64 (equation 4.2).
 
     Args:
         x_prev, mean: (N, C, H, W).
@@ -22,12 +22,6 @@ def log_prob(
             is 0 and it carries no gradient.
         reduction: "sum" over C·H·W is the log-density in nats. "mean" divides it by C·H·W, so that
             exp of a difference is the (C·H·W)-th root of the true ratio; a clip range goes with it.
-
-    Returns:
-        (N,) float64.
-
-    Raises:
-        ValueError: an unknown reduction.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"log-probability reduction {reduction!r}: must be one of {REDUCTIONS}")
@@ -42,16 +36,10 @@ def log_prob(
 
 
 def kl(mean: torch.Tensor, other: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, std^2 I) || N(other, std^2 I)) = ||mean - other||^2 / (2 std^2) of each sample.
+    """KL(N(mean, std^2 I) || N(other, std^2 I)) = ||mean - other||^2 / (2 std^2), (N,) float64.
 
-    Symmetric, since both have the same deviation, which depends on the schedule alone.
-
-    Args:
-        mean, other: (N, C, H, W).
-        std: (N,); where it is 0 the step is no action, and counts 0.
-
-    Returns:
-        (N,) float64, in nats: over all pixels, whatever the log-probability's reduction.
+    In nats, over all pixels, whatever the log-probability's reduction. Symmetric, since both have
+    the same deviation. Arguments as in `log_prob`: 0 where std is.
     """
     stochastic = std > 0
     safe = torch.where(stochastic, std, 1.0).double()

@@ -23,12 +23,8 @@ def fit(network: torch.nn.Module, work: str, call: Callable[[int], T], batch_siz
 
     The next call for the same network and work begins where this one ended, until `start_over`.
 
-    Args:
-        work: a label, shown when a batch is halved.
-        call: starts anew each time, whatever a failed one left.
-
-    Raises:
-        torch.OutOfMemoryError: a batch of one does not fit either.
+    `work` is a label, shown when a batch is halved; `call` must start anew each time, whatever a
+    failed one left. torch.OutOfMemoryError if a batch of one does not fit either.
     """
     held = _held.setdefault(network, {})
     batch_size = min(batch_size, held.get(work, batch_size))

@@ -16,8 +16,7 @@ import torch
 def _state():
     from accelerate import PartialState  # takes a second
 
-    # Without `cpu`, processes that a launcher started on a machine without a GPU believe that each
-    # is alone.
+    # Without `cpu`, on a machine without a GPU, each of a launcher's processes thinks it is alone.
     return PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -38,11 +37,7 @@ def wait() -> None:
 
 
 def share(n: int) -> slice:
-    """This process's part of n samples: consecutive ones, at least one.
-
-    Raises:
-        ValueError: there are more processes than samples.
-    """
+    """This process's part of n samples: consecutive ones, at least one."""
     size = n_processes()
     rank = _state().process_index if size > 1 else 0
     if n < size:

@@ -42,7 +42,7 @@ class Context:
     embeddings: torch.Tensor
     """(N, L, D) float32: of the L tokens of each."""
 
-    def select(self, index: "slice | torch.Tensor") -> "Context":
+    def select(self, index: slice | torch.Tensor) -> "Context":
         """The entries of some samples."""
         kept = torch.arange(len(self.prompts))[index].tolist()
         return Context(tuple(self.prompts[i] for i in kept), self.embeddings[index])
@@ -57,8 +57,7 @@ class Policy:
     scheduler: "DDPMScheduler | DDIMScheduler"
     """Came with the weights: the schedule, its timesteps, what the network predicts, clipping."""
     bf16: bool = True
-    """Run the network under bfloat16 autocast; everything after it is float32. Without, all is
-    float32: TF32 is switched off, for the whole process."""
+    """Run the network under bfloat16 autocast. Without, TF32 is switched off, process-wide."""
 
     @property
     def alpha_bar(self) -> torch.Tensor:
@@ -70,6 +69,11 @@ class Policy:
         """alpha_bar of where the last step goes: 1, or alpha_bar[0] where the scheduler says."""
         to_one = self.scheduler.config.get("set_alpha_to_one", True)
         return 1.0 if to_one else self.alpha_bar[0].item()
+
+    def alpha_bar_at(self, t: torch.Tensor) -> torch.Tensor:
+        """alpha_bar of timesteps t (N,), (N, 1, 1, 1); `final_alpha_bar` for negative ones."""
+        found = self.alpha_bar.to(t.device)[t.clamp(min=0)]
+        return torch.where(t >= 0, found, self.final_alpha_bar).view(-1, 1, 1, 1)
 
     @property
     def device(self) -> torch.device:
@@ -101,16 +105,14 @@ def load(
     """Load a policy.
 
     Args:
-        source: the id of a model on the Hub, "google/ddpm-church-256", with a commit, tag or branch
-            after an @ if it is not to be the newest; or a folder of a `DDPMPipeline` or
-            `DDIMPipeline`, also of the older layout with every file at its root; or a .pth file
-            that the thesis's code wrote.
+        source: a model on the Hub, see `hub`; a folder of a `DDPMPipeline` or `DDIMPipeline`, also
+            of the older layout with every file at its root; or a .pth file of the thesis's code.
         device: "cpu", "cuda", …; by default a GPU if there is one.
         bf16: see `Policy`; a GPU without bfloat16, such as a T4, runs float32 all the same.
         base: source of the policy that a .pth file was finetuned from: it has weights alone.
 
     Raises:
-        FileNotFoundError: what source names is missing, incomplete or truncated; says what to do.
+        FileNotFoundError: what source names is missing, incomplete or truncated.
         ValueError: the model is none of those in `SUPPORTED`, or its weights are another network's.
     """
     source = str(source)
@@ -155,8 +157,8 @@ def _read(source: str) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
             folder, subfolder=at["unet"], use_safetensors=safetensors,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-        scheduler = getattr(diffusers, parts["scheduler"])
-        scheduler = scheduler.from_pretrained(folder, subfolder=at["scheduler"])
+        kind = getattr(diffusers, parts["scheduler"])
+        scheduler = kind.from_pretrained(folder, subfolder=at["scheduler"])
         odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
         if odd:  # diffusers would leave them out, with a warning or without
             _check(source, {"weights": f"another network's, with other tensors, such as {odd[0]}"})
@@ -164,9 +166,8 @@ def _read(source: str) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
         raise
     except Exception as error:
         raise FileNotFoundError(
-            f"cannot load a policy from {source!r}. It must be a complete folder of a DDPMPipeline "
-            "or DDIMPipeline (model_index.json, and unet/ and scheduler/ or their files beside it) "
-            f"or the id of such a model on the Hugging Face Hub. Cause: {hub.cause(error)}"
+            f"cannot load a policy from {source!r}: it must be a complete folder of a DDPMPipeline "
+            f"or DDIMPipeline, or the id of one on the Hub. Cause: {hub.cause(error)}"
         ) from error
     return unet, scheduler
 
@@ -183,30 +184,28 @@ def _read_pth(file: str, base: str | Path | None) -> tuple:
         raise FileNotFoundError(f"no policy at {file!r}: the file does not exist")
     if base is None:
         raise ValueError(
-            f"{file} holds weights alone: name the policy that it was finetuned from, policy.load("
-            "file, base='google/ddpm-celebahq-256'). policy.save makes a folder of it, for profiles"
+            f"{file} holds weights alone: name the policy that it was finetuned from, for example "
+            "base='google/ddpm-celebahq-256'"
         )
     unet, scheduler = _read(str(base))
     # Beside the weights lies the best reward, a numpy scalar, under numpy 1's or numpy 2's name.
-    scalar = np.float64(0).__reduce__()[0]
-    numpy_types = [np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
-    trusted = [scalar, (scalar, "numpy.core.multiarray.scalar"), *numpy_types]
+    scalar, types = np.float64(0).__reduce__()[0], (np.dtypes.Float32DType, np.dtypes.Float64DType)
+    trusted = [np.dtype, *types, scalar, (scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(trusted):
             content = torch.load(file, "cpu", weights_only=True, mmap=True)
         unet.load_state_dict(content["model_state_dict"])
     except Exception as error:
         raise ValueError(
-            f"{file} is no checkpoint of the thesis's code (a .pth with `model_state_dict`), or it "
-            f"is damaged, or its base is another policy. Cause: {hub.cause(error)}"
+            f"{file} is no checkpoint of the thesis's code, or it is damaged, or its base is "
+            f"another policy. Cause: {hub.cause(error)}"
         ) from error
     return unet, scheduler
 
 
 def save(policy: Policy, folder: str | Path) -> None:
     """Save as a folder that plain diffusers loads (safetensors): a `DDPMPipeline`, or a
-    `DDIMPipeline` for a policy with a `DDIMScheduler`. ValueError for a guided policy, which has no
-    network of its own."""
+    `DDIMPipeline` for a policy with a `DDIMScheduler`."""
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
     if not isinstance(policy.unet, torch.nn.Module):
@@ -220,7 +219,7 @@ def save(policy: Policy, folder: str | Path) -> None:
 
 
 def encode(policy: Policy, prompts: Sequence[str] | None) -> Context | None:
-    """The context of N prompts, None for None. ValueError for prompts: no policy takes text yet."""
+    """The context of N prompts, None for None, as it must be: no policy takes text yet."""
     if prompts is not None:
         raise ValueError("this policy takes no text: prompts must be None")
     return None
@@ -237,9 +236,6 @@ def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     Both as in diffusers' DDIMScheduler, for the spacing and the offset that the policy's scheduler
     names: t_prev = t - T // n_steps, negative for the clean image. "leading", 1000 → 40, gives
     t = 975, 950, …, 25, 0. Warns where the first t is so early that pure noise is a poor start.
-
-    Raises:
-        ValueError: n_steps is no whole number from 1 to T, or diffusers leaves the schedule at it.
     """
     from diffusers import DDIMScheduler
 
@@ -250,10 +246,8 @@ def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     scheduler.set_timesteps(n_steps)
     t = scheduler.timesteps
     if t[0] >= T or t[-1] < 0:  # by an offset, or by a rounding error of "trailing"
-        raise ValueError(
-            f"n_steps={n_steps}: diffusers' timesteps run from {t[0]} to {t[-1]}, which leaves the "
-            f"schedule's 0 to {T - 1}; take another n_steps"
-        )
+        reach = f"run from {t[0]} to {t[-1]}, which leaves 0 to {T - 1}"
+        raise ValueError(f"n_steps={n_steps}: diffusers' timesteps {reach}; take another n_steps")
     signal = policy.alpha_bar[t[0]].sqrt().item()
     if signal > 0.2:
         warnings.warn(
@@ -265,16 +259,16 @@ def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def configuration(scheduler) -> dict:
-    """All of a scheduler's settings, for another `from_config`: diffusers' own `config` calls those
-    that were given by position defaults, and from_config then takes its own."""
+    """All of a scheduler's settings, for another `from_config`, which would leave out those that
+    were given by position: diffusers notes them as defaults."""
     return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def predict_noise(
     policy: Policy, x_t: torch.Tensor, t: torch.Tensor, context: Context | None = None
 ) -> torch.Tensor:
-    """eps_theta(x_t, t), (N, C, H, W) float32, also of a network that predicts v. ValueError for a
-    context: no policy takes text yet."""
+    """eps_theta(x_t, t), (N, C, H, W) float32, also of a network that predicts v. The context must
+    be None: no policy takes text yet."""
     if context is not None:
         raise ValueError("this policy takes no text: context must be None")
     if not policy.bf16:  # no TF32, and for good: a context manager would end before backward
@@ -286,7 +280,7 @@ def predict_noise(
         output = policy.unet(x_t, t).sample.to(x_t.dtype)
     if policy.scheduler.config.prediction_type == "epsilon":
         return output
-    a_t = policy.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+    a_t = policy.alpha_bar_at(t)
     return a_t.sqrt() * output + (1 - a_t).sqrt() * x_t
 
 
@@ -294,14 +288,11 @@ def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.
     """sigma_t, (N,) float32, of steps from t to t_prev as in `transition`; 0 if deterministic."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: must lie between 0 (deterministic) and 1")
-    a_t, a_prev = _alpha_bars(policy, t, t_prev)
-    return eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+    a_t, a_prev = policy.alpha_bar_at(t), policy.alpha_bar_at(t_prev)
+    return eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt().flatten()
 
 
-def transition(
-    policy: Policy, x_t: torch.Tensor, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0,
-    context: Context | None = None,
-) -> Transition:  # fmt: skip
+def transition(policy, x_t, t, t_prev, eta=1.0, context=None) -> Transition:
     """p_theta(x_{t_prev} | x_t), the only place that knows the DDIM step (equations 2.25–2.28).
 
     Equal to one `DDIMScheduler.step` per sample, clipping included, but t and t_prev may differ
@@ -312,10 +303,10 @@ def transition(
         t: (N,) int64 timesteps in [0, T).
         t_prev: (N,) int64, the timesteps to go to, see `steps`; negative for the clean image.
         eta: 0 for deterministic DDIM, 1 for the DDPM-like sampler that explores.
-        context: of these N samples, see `encode`.
+        context: `Context` of these N samples, or None.
     """
     eps = predict_noise(policy, x_t, t, context)
-    a_t, a_prev = (a.view(-1, 1, 1, 1) for a in _alpha_bars(policy, t, t_prev))
+    a_t, a_prev = policy.alpha_bar_at(t), policy.alpha_bar_at(t_prev)
     std = sigma(policy, t, t_prev, eta).view(-1, 1, 1, 1)
     denoised = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
     if policy.scheduler.config.clip_sample:
@@ -327,10 +318,3 @@ def transition(
     direction = (1 - a_prev - std**2).clamp(min=0).sqrt()
     mean = a_prev.sqrt() * denoised + direction * eps
     return Transition(mean, std.view(-1), denoised)
-
-
-def _alpha_bars(policy, t, t_prev) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha_bar at t and at t_prev, (N,) each."""
-    alpha_bar = policy.alpha_bar.to(t.device)
-    at_prev = torch.where(t_prev >= 0, alpha_bar[t_prev.clamp(min=0)], policy.final_alpha_bar)
-    return alpha_bar[t], at_prev

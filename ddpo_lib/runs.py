@@ -21,11 +21,7 @@ from ddpo_lib.settings import Finetune
 
 
 def iterations_done(home: Path) -> int:
-    """Iterations that the run's last/ holds; 0 where there is none.
-
-    Raises:
-        ValueError: last/ is damaged.
-    """
+    """Iterations that the run's last/ holds; 0 where there is none. ValueError if it is damaged."""
     if not (home / "last").exists():
         return 0
     with whole(home / "last"):
@@ -33,8 +29,7 @@ def iterations_done(home: Path) -> int:
 
 
 def best(home: Path) -> dict:
-    """best/'s own record: `iteration`, after how many it was kept, and `development_reward`. It is
-    written with the weights, so the two always agree."""
+    """best/'s record, written with its weights: `iteration` it is of and `development_reward`."""
     return json.loads(_read(home / "best" / "best.json"))
 
 
@@ -54,13 +49,12 @@ def metrics(home: Path) -> list[dict]:
     file = home / "metrics.jsonl"
     if not file.exists():
         return []
-    lines = _read(file).split("\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # a whole line ends with a newline
+    rows, lines = [], _read(file).split("\n")[:-1]  # a whole line ends with a newline
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number < len(lines) - 1:
+            if number < len(lines):
                 raise ValueError(f"{file}, line {number} is damaged: {error}") from error
     return rows
 
@@ -72,7 +66,7 @@ def append_metrics(home: Path, row: dict) -> None:
 
 
 def development(home: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The development set before the first and after every iteration so far: pictures
+    """The development set, before training and after each iteration so far: pictures
     (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N)."""
     sets = [dict(np.load(file)) for file in _development_files(home)]
     return tuple(np.stack([each[name] for each in sets]) for name in ("pictures", "rewards"))
@@ -87,10 +81,9 @@ def save_development(home: Path, iteration: int, pictures: np.ndarray, rewards: 
 
 def drop_after(home: Path, iteration: int) -> None:
     """Remove the metrics and development sets of iterations that a resumed run will make again."""
-    rows = [row for row in metrics(home) if row["iteration"] <= iteration]
+    kept = [json.dumps(row) + "\n" for row in metrics(home) if row["iteration"] <= iteration]
     with replacing(home / "metrics.jsonl") as draft:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        draft.write_text(lines, encoding="utf-8")
+        draft.write_text("".join(kept), encoding="utf-8")
     for file in _development_files(home):
         if int(file.stem) > iteration:
             file.unlink()
@@ -117,9 +110,7 @@ def replacing(file: Path) -> Iterator[Path]:
 def hold(home: Path, wait: bool = True) -> Iterator[None]:
     """Own the run's folder: two processes never write to it, and a killed one frees it.
 
-    Raises:
-        OSError: the folder cannot be written; says which and what to do.
-        RuntimeError: another process has it, and `wait` is false.
+    RuntimeError if another process has it and `wait` is false.
     """
     from filelock import FileLock, Timeout
 
@@ -140,12 +131,8 @@ def hold(home: Path, wait: bool = True) -> Iterator[None]:
 
 
 def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
-    """Make the run's folder, or return to it.
-
-    Raises:
-        ValueError: the folder holds something else: another run, a longer one, or no run at all.
-        OSError: the folder cannot be written; says which and what to do.
-    """
+    """Make the run's folder, or return to it. ValueError if it holds something else: another run,
+    a longer one, or no run at all; OSError if it cannot be written."""
     file = home / "settings.json"
     with _explained(home):
         home.mkdir(parents=True, exist_ok=True)
@@ -159,18 +146,20 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
                 f"{home} holds a run with other settings: {'; '.join(changes)}. Give another "
                 "folder, or return to that run's settings"
             )
-        if (done := iterations_done(home)) > settings.n_iterations:
-            raise ValueError(
-                f"{home} holds {done} iterations, more than n_iterations={settings.n_iterations}: "
-                "give another folder"
-            )
+        done, wanted = iterations_done(home), settings.n_iterations
+        if done > wanted:
+            more = f"holds {done} iterations, more than n_iterations={wanted}"
+            raise ValueError(f"{home} {more}: give another folder")
     elif any(not entry.name.startswith(".") for entry in home.iterdir()):
         raise ValueError(f"{home} is not empty, and no run: settings.json is missing")
     with _explained(home):
         write_json(file, {"identity": identity, "settings": dataclasses.asdict(settings)})
         (home / "development").mkdir(exist_ok=True)
-        for name in ("last", "best"):
-            _finish_replacement(home / name)
+        for target in (home / "last", home / "best"):
+            old = _previous(target)
+            if old.exists() and not target.exists():  # a crash between `replacing_folder`'s renames
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -188,16 +177,19 @@ def differences(old: dict, new: dict) -> list[str]:
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A draft folder; when its block ends without an error, it takes the target's place."""
-    draft = target.with_name(target.name + ".tmp")
+    draft, old = target.with_name(target.name + ".tmp"), _previous(target)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
-    old = target.with_name(target.name + ".previous")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    draft.rename(target)  # between these two renames, a crash is mended by _finish_replacement
+    draft.rename(target)  # `open_folder` mends a crash between these two renames
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(target.name + ".previous")
 
 
 @contextlib.contextmanager
@@ -210,7 +202,7 @@ def whole(last: Path) -> Iterator[None]:
             raise
         raise ValueError(
             f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). To start the run "
-            f"again, move {last.parent} elsewhere; its best/ and its metrics are as they were"
+            f"again, move {last.parent} elsewhere"
         ) from error
 
 
@@ -223,15 +215,7 @@ def _flat(content: dict, prefix: str = "") -> dict:
 
 
 def _development_files(home: Path) -> list[Path]:
-    files = (home / "development").glob("[0-9]*.npz")
-    return sorted(files, key=lambda file: int(file.stem))
-
-
-def _finish_replacement(target: Path) -> None:
-    old = target.with_name(target.name + ".previous")
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    return sorted((home / "development").glob("[0-9]*.npz"), key=lambda file: int(file.stem))
 
 
 def _read(file: Path) -> str:
@@ -244,7 +228,5 @@ def _explained(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"cannot write the run's folder {home}: {error}. Make it writable, free some space, or "
-            "give another folder"
-        ) from error
+        advice = "make it writable, free some space, or give another folder"
+        raise OSError(f"cannot write the run's folder {home}: {error}; {advice}") from error

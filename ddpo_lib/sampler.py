@@ -35,7 +35,6 @@ class Trajectory:
     reduction: str
     """How `log_probs` reduces over pixels, "mean" or "sum"."""
     context: Context | None = None
-    """What the policy was conditioned on."""
 
     @property
     def x_0(self) -> torch.Tensor:
@@ -72,7 +71,6 @@ def rollout(
         x_T: (N, C, H, W) noise, see `noise`.
         n_steps: denoising steps, see `policy.steps`.
         seeds: N seeds of the steps' noise. Those that x_T came from will do: the streams differ.
-            A sample's steps are a function of its own x_T and seed, whatever is drawn beside it.
         eta: 0 deterministic, 1 the stochastic sampler that policy gradients need.
         reduction: of the log-probabilities, see `log_probs.log_prob`.
         batch_size: samples per call of the network; fewer where a GPU's memory holds no more.
@@ -89,9 +87,8 @@ def rollout(
         states[k + 1], means[k] = x_prev, mean
         stds.append(std[0].cpu())
         log_probs.append(log_prob(x_prev, mean, std, reduction))
-    return Trajectory(
-        states, means, torch.stack(stds), t, t_prev, torch.stack(log_probs), eta, reduction, context
-    )
+    stds, log_probs = torch.stack(stds), torch.stack(log_probs)
+    return Trajectory(states, means, stds, t, t_prev, log_probs, eta, reduction, context)
 
 
 def roomy_device(policy: Policy, n: int, n_steps: int) -> torch.device:
@@ -118,11 +115,8 @@ def sample(
 ) -> torch.Tensor:
     """The finished samples x_0 (N, C, H, W) in [-1, 1], without keeping the way there.
 
-    Arguments as in `rollout`; at eta = 0 the result is a function of x_T alone.
-
-    Args:
-        skip: how many of the first steps to leave out. `x_T` is then a state from the middle of a
-            chain of `n_steps`, that of `steps(policy, n_steps)[0][skip]`.
+    Arguments as in `rollout`; at eta = 0 the result is a function of x_T alone. The first `skip`
+    steps are left out: x_T is then the state at timestep `steps(policy, n_steps)[0][skip]`.
     """
     chain = _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip)
     return deque(chain, maxlen=1).pop()[2]
@@ -132,14 +126,12 @@ def sample(
 def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 100) -> torch.Tensor:
     """x~_{t→0} for every state before the last: (T, N, C, H, W), the image that the policy expects
     at each step (equation 2.25)."""
-    parts = zip(trajectory.states[:-1], trajectory.timesteps, trajectory.t_prev, strict=True)
-    eta, context = trajectory.eta, trajectory.context
-    return torch.stack(
-        [
-            step(policy, x_t.to(policy.device), t, t_prev, eta, context, batch_size).denoised
-            for x_t, t, t_prev in parts
-        ]
-    )
+    eta, context, images = trajectory.eta, trajectory.context, []
+    decisions = zip(trajectory.states[:-1], trajectory.timesteps, trajectory.t_prev, strict=True)
+    for x_t, t, t_prev in decisions:
+        done = step(policy, x_t.to(policy.device), t, t_prev, eta, context, batch_size)
+        images.append(done.denoised)
+    return torch.stack(images)
 
 
 def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transition:
@@ -147,33 +139,28 @@ def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transitio
     t, t_prev = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev))
 
     def split(n: int) -> list[Transition]:
-        starts = range(0, len(x_t), n)
-        parts = [slice(start, start + n) for start in starts]
+        parts = [slice(start, start + n) for start in range(0, len(x_t), n)]
         return [
             transition(policy, x_t[p], t[p], t_prev[p], eta, context and context.select(p))
             for p in parts
         ]
 
     done = memory.fit(policy.unet, "sampling", split, min(batch_size, len(x_t)))
-    fields = ("mean", "std", "denoised")
-    return Transition(*(torch.cat([getattr(part, name) for part in done]) for name in fields))
+    fields = [(part.mean, part.std, part.denoised) for part in done]
+    return Transition(*map(torch.cat, zip(*fields, strict=True)))
 
 
 def check_shape(policy: Policy, x: torch.Tensor) -> None:
     """Raise ValueError unless x is a batch of at least one state of the policy."""
     if tuple(x.shape[1:]) != policy.image_shape or len(x) == 0:
-        raise ValueError(
-            f"a batch of shape {tuple(x.shape)} does not fit a policy whose samples have shape "
-            f"{policy.image_shape}; make noise with sampler.noise(policy, sampler.seeds(seed, n))"
-        )
+        shapes = f"shape {tuple(x.shape)} does not fit a policy of shape {policy.image_shape}"
+        raise ValueError(f"a batch of {shapes}; make one with sampler.noise")
 
 
 @torch.no_grad()
 def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip=0) -> Iterator:
     """Yield (mean, std, x_prev) of each step, from noise to image."""
     check_shape(policy, x_T)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta}: must lie between 0 (deterministic) and 1")
     if eta > 0 and (seeds is None or len(seeds) != len(x_T)):
         raise ValueError(f"eta={eta}: a stochastic sampler needs a seed for each of {len(x_T)}")
     pairs = list(zip(*steps(policy, n_steps), strict=True))

@@ -17,11 +17,8 @@ def choice(default, *others):
 
 
 def check(settings) -> None:
-    """Check every field of a settings dataclass; called by its `__post_init__`.
-
-    Raises:
-        ValueError: a value of the wrong type, not finite, or out of range; names it and its range.
-    """
+    """Check type and range of every field of a settings dataclass; its `__post_init__` calls this.
+    ValueError for one that does not fit; names its range."""
     kinds = get_type_hints(type(settings))
     for entry in dataclasses.fields(settings):
         value, kind = getattr(settings, entry.name), kinds[entry.name]
@@ -31,19 +28,17 @@ def check(settings) -> None:
                 f"{entry.name}={value!r}: must be of type {kind.__name__} "
                 "(in YAML a number such as 3e-5 needs its dot: 3.0e-5)"
             )
-        choices = entry.metadata.get("choices")
+        needed, choices = None, entry.metadata.get("choices")
         if choices and value not in choices:
-            raise ValueError(f"{entry.name}={value!r}: must be one of {choices}")
-        if "bounds" in entry.metadata:
+            needed = f"one of {choices}"
+        elif "bounds" in entry.metadata:
             low, high, above, below = entry.metadata["bounds"]
             if not (low <= value <= high and above < value < below):  # NaN and infinities are not
-                words = [
-                    f"{sign} {bound}"
-                    for sign, bound in ((">=", low), (">", above), ("<=", high), ("<", below))
-                    if math.isfinite(bound)
-                ]
+                limits = {">=": low, ">": above, "<=": high, "<": below}.items()
+                words = [f"{sign} {limit}" for sign, limit in limits if math.isfinite(limit)]
                 needed = " and ".join([*words, "finite"])
-                raise ValueError(f"{entry.name}={value!r}: must be {needed}")
+        if needed:
+            raise ValueError(f"{entry.name}={value!r}: must be {needed}")
 
 
 SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
@@ -52,8 +47,7 @@ SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
 
 @dataclass(frozen=True)
 class Finetune:
-    """Hyperparameters of the loop; the defaults are the thesis's (Table A.2). An objective has its
-    own, see `objectives`."""
+    """Hyperparameters of the loop, not of the objective; the defaults are Table A.2's."""
 
     n_iterations: int = number(72, 1)
     """Rounds of rollout, reward and update."""
@@ -64,30 +58,26 @@ class Finetune:
     eta: float = number(1.0, high=1, above=0)
     """DDIM's eta while training: at 0 there is no exploration, above 1 no such Gaussian."""
     min_std: float = number(0.0, 0, below=1)
-    """Steps with sigma_t up to this are not learned from. At 0 only deterministic steps are left
-    out. The score of a step grows with 1 / sigma_t, so the last stochastic one (sigma_t about 0.01)
-    can drown all others in noise, see docs/fidelity.md."""
+    """Steps with sigma_t up to this are not learned from; at 0, deterministic ones. A step's score
+    grows with 1 / sigma_t: the last stochastic one can drown all others, see docs/fidelity.md."""
     minibatch_size: int = number(10, 1)
     """Trajectories per optimizer step."""
     n_inner_epochs: int = number(1, 1)
     """Passes over an iteration's trajectories."""
     micro_batch: int = number(200, 1)
-    """(sample, timestep) pairs per forward and backward, and images per call in a rollout. A GPU
-    may round differently for batches of different sizes: where this divides both evenly, rollout
-    and first update agree best."""
+    """Decisions per forward and backward, and images per call in a rollout. A GPU may round by the
+    batch's size: where this divides both evenly, rollout and first update agree best."""
     timestep_fraction: float = number(1.0, high=1, above=0)
-    """Share of the stochastic steps that an optimizer step learns from, drawn anew for each. Less
-    takes less time, and the gradient stays the same on average."""
+    """Share of the stochastic steps that an optimizer step learns from, drawn anew for each; the
+    gradient stays the same on average."""
     gradient_checkpointing: bool = False
-    """Keep less of the network's forward pass and compute it again for the backward pass: less
-    memory, more time."""
+    """Less memory, more time: the backward pass repeats parts of the forward pass."""
     log_prob_reduction: str = choice("mean", "sum")
-    """Over pixels: "mean" as in the published code, or "sum", a true log-density. An objective's
-    clip range goes with it."""
+    """Over pixels: "mean" as published, or "sum", a true log-density; clip ranges go with it."""
     learning_rate: float = number(9e-8, 0, 1)
     """AdamW's rate; with "warmup_cosine", where the warm-up starts."""
     lr_schedule: str = choice("constant", "warmup_cosine")
-    """"constant", or "warmup_cosine": linear warm-up to the peak, then half a cosine (Fig. 5.7)."""
+    """"constant", or "warmup_cosine", see `learning_rate` below."""
     peak_learning_rate: float = number(3.7e-6, high=1, above=0)
     """Top of "warmup_cosine". Table A.2's own, 3.75e-6, is in thesis.yaml; see docs/fidelity.md."""
     warmup: float = number(0.25, 0, 1)
@@ -106,10 +96,8 @@ class Finetune:
     def __post_init__(self):
         check(self)
         if self.n_samples % self.minibatch_size:
-            raise ValueError(
-                f"n_samples={self.n_samples} is not a multiple of "
-                f"minibatch_size={self.minibatch_size}"
-            )
+            size = f"minibatch_size={self.minibatch_size}"
+            raise ValueError(f"n_samples={self.n_samples} is not a multiple of {size}")
         if self.lr_schedule == "constant" and self.learning_rate == 0:
             raise ValueError("learning_rate=0 at a constant rate: nothing would be learned")
 
@@ -129,14 +117,9 @@ class Finetune:
 
 
 def learning_rate(progress: float, settings: Finetune) -> float:
-    """The rate of an optimizer step: constant, or the schedule of Fig. 5.7.
-
-    A linear warm-up from `learning_rate` to `peak_learning_rate` over the first `warmup` of all
-    updates, then half a cosine down to `final_lr_fraction` × `learning_rate` at the last.
-
-    Args:
-        progress: 0 at the run's first update, 1 at its last.
-    """
+    """The rate of an optimizer step (Fig. 5.7): constant, or a linear warm-up from `learning_rate`
+    to `peak_learning_rate` over the first `warmup` of all updates, then half a cosine down to
+    `final_lr_fraction` × `learning_rate`. `progress` is 0 at the first update, 1 at the last."""
     start = settings.learning_rate
     if settings.lr_schedule == "constant":
         return start

@@ -42,7 +42,6 @@ def update(
 
     Raises:
         FloatingPointError: the gradient is not finite; the weights are left as they were.
-        torch.OutOfMemoryError: not even one unit fits.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 

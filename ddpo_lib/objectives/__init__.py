@@ -27,11 +27,7 @@ FUNCTIONS = ("Settings", "helpers", "credit", "units", "loss")
 
 def load(objective: str | ModuleType) -> ModuleType:
     """The module of an objective: one of this folder's by its name, "ddpo"; your own by its dotted
-    name, "package.module"; or the module itself.
-
-    Raises:
-        ValueError: there is no such module, or it lacks a function; names what is missing.
-    """
+    name, "package.module"; or the module itself."""
     if isinstance(objective, str):
         name = objective if "." in objective else f"{__name__}.{objective}"
         try:
@@ -44,10 +40,7 @@ def load(objective: str | ModuleType) -> ModuleType:
                     f"cannot import the objective {objective!r}: {error}. Name a module of "
                     "ddpo_lib.objectives, such as 'ddpo', or an importable one of your own"
                 ) from error
-    missing = [name for name in FUNCTIONS if not hasattr(objective, name)]
-    if missing:
-        raise ValueError(
-            f"the objective {getattr(objective, '__name__', objective)!r} lacks {missing}; what "
-            "yours has no need to change, import from ddpo_lib.objectives.ddpo"
-        )
+    if missing := [name for name in FUNCTIONS if not hasattr(objective, name)]:
+        title = f"the objective {getattr(objective, '__name__', objective)!r}"
+        raise ValueError(f"{title} lacks {missing}; what needs no change, import from DDPO's")
     return objective

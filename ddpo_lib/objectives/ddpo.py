@@ -41,21 +41,15 @@ class Settings:
 
 
 def helpers(policy, settings, loop) -> None:
-    """DDPO needs no other network.
-
-    Raises:
-        ValueError: settings that do not go together, or under which nothing would be learned.
-    """
+    """DDPO needs no other network. ValueError for settings under which it would not learn."""
     one_update = loop.minibatch_size == loop.n_samples and loop.n_inner_epochs == 1
     if settings.estimator == "sf" and not one_update:
-        raise ValueError(
-            "estimator='sf' allows one update per rollout: set minibatch_size to n_samples, "
-            f"{loop.n_samples}, and n_inner_epochs to 1; or take 'is'"
-        )
+        needed = f"set minibatch_size to n_samples, {loop.n_samples}, and n_inner_epochs to 1"
+        raise ValueError(f"estimator='sf' allows one update per rollout: {needed}; or take 'is'")
     if settings.advantage_scope == "minibatch" and loop.minibatch_size == 1:
         raise ValueError(
-            "advantage_scope='minibatch' with minibatch_size=1: a sample alone has no advantage, "
-            "nothing would be learned; take 'iteration' or larger mini-batches"
+            "advantage_scope='minibatch' with minibatch_size=1: nothing would be learned; take "
+            "'iteration' or larger mini-batches"
         )
 
 
@@ -109,10 +103,8 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
 def is_loss(log_ratio, advantage, clip_range) -> torch.Tensor:
     """DDPO-IS's clipped surrogate max(-A rho, -A clip(rho, 1 ± eps)), per element (equation 4.4).
 
-    Args:
-        log_ratio: log rho; carries the gradient.
-        advantage: A, of the same shape.
-        clip_range: eps; infinite for the surrogate without a clip (equation 4.3).
+    `log_ratio` is log rho and carries the gradient, `advantage` is A, of the same shape; `clip_range`
+    is eps, infinite for the surrogate without a clip (equation 4.3).
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
