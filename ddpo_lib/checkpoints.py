@@ -9,14 +9,9 @@ from ddpo_lib import policy, runs
 from ddpo_lib.policy import Policy
 
 
-def save_last(
-    home: Path,
-    learner: Policy,
-    optimizer: torch.optim.Optimizer,
-    helpers: torch.nn.Module | None,
-    iterations_done: int,
-) -> None:
-    """Write last/: the policy, its helpers' learned weights, the moments and the position."""
+def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: int) -> None:
+    """Write last/: the policy, its helpers' learned weights (frozen ones come back from the
+    pretrained policy), the optimizer's moments and the position."""
     with runs.replacing_folder(home / "last") as draft:
         policy.save(learner, draft)
         moments = {
@@ -26,7 +21,9 @@ def save_last(
         }
         save_file(moments, draft / "optimizer.safetensors")
         if helpers is not None:
-            save_file(learned(helpers), draft / "helpers.safetensors")
+            learned = [(name, p) for name, p in helpers.named_parameters() if p.requires_grad]
+            weights = {name: p.detach().contiguous() for name, p in learned}
+            save_file(weights, draft / "helpers.safetensors")
         runs.write_json(draft / "state.json", {"iterations_done": iterations_done})
 
 
@@ -53,9 +50,3 @@ def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Modu
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         if helpers is not None:
             helpers.load_state_dict(load_file(home / "last" / "helpers.safetensors"), strict=False)
-
-
-def learned(helpers: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The helpers' weights that require a gradient; frozen ones come from the pretrained policy."""
-    parameters = helpers.named_parameters()
-    return {name: p.detach().contiguous() for name, p in parameters if p.requires_grad}

@@ -17,42 +17,34 @@ from torch import nn
 
 from ddpo_lib import hub
 
-AGE_CLASSES = (
-    "0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70",
-)  # fmt: skip
+AGE_CLASSES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70")
 """FairFace's nine age classes, in the order of the classifier's logits."""
 UNDER30 = (0, 1, 2, 3)
 OVER50 = (6, 7, 8)
 
 LAION_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
-Numbers = tuple[float, float, float]
-
 
 @dataclass(frozen=True)
 class Clip:
-    """A contrastive image and text encoder with what its inputs need."""
+    """An open_clip model with frozen weights, and what its inputs need."""
 
     model: nn.Module
-    """An open_clip model with frozen weights."""
-    tokenizer: object = field(repr=False, compare=False)  # it would bring its folder's path
-    """Takes a list of texts, gives int64 tokens (N, context length)."""
-    image_size: int
-    """Side of the square image that the image tower takes, in pixels."""
-    mean: Numbers
-    """Per channel, of images in [0, 1]."""
-    std: Numbers
+    # Of texts gives int64 tokens (N, context length); compared, it would bring its folder's path.
+    tokenizer: object = field(repr=False, compare=False)
+    image_size: int  # side of the square that the image tower takes, in pixels
+    mean: tuple[float, float, float]  # per channel, of images in [0, 1]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class AgeClassifier:
-    """A vision transformer with FairFace's nine age classes, with what its inputs need."""
+    """A frozen `ViTForImageClassification` of `AGE_CLASSES`, and what its inputs need."""
 
     model: nn.Module
-    """A `ViTForImageClassification` with frozen weights."""
     image_size: int
-    mean: Numbers
-    std: Numbers
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 class AestheticHead(nn.Module):
@@ -92,10 +84,8 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
         # OpenAI's weights want the activation they were trained with; open_clip only warns.
         options["force_quick_gelu"] = recipe.get("quick_gelu", False)
     else:
-        raise FileNotFoundError(
-            f"no CLIP model at {source!r}: give a folder in open_clip's format or a name from "
-            "open_clip.list_pretrained(), such as 'ViT-L-14:openai'"
-        )
+        needed = "a folder in open_clip's format or a name such as 'ViT-L-14:openai'"
+        raise FileNotFoundError(f"no CLIP model at {source!r}: give {needed}")
     options["require_pretrained"] = True
     try:
         model, _, _ = open_clip.create_model_and_transforms(name, **options)
@@ -129,10 +119,9 @@ def load_aesthetic_head(source: str | Path, device: str | None = None) -> Aesthe
     _require(weights.parent, "an aesthetic head's folder", weights.name)
     pickled = weights.suffix == ".pth"
     if pickled and (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != LAION_HEAD_SHA256:
-        raise ValueError(
-            f"{weights} is not the head that LAION published, {hub.LAION_HEAD}: its sha256 is "
-            f"{found}. Fetch it again; save a head of your own as model.safetensors"
-        )
+        advice = "Fetch it again; save a head of your own as model.safetensors"
+        title = f"{weights} is not the head that LAION published"
+        raise ValueError(f"{title}: its sha256 is {found}. {advice}")
     try:
         state = torch.load(weights, "cpu", weights_only=True) if pickled else load_file(weights)
         head = AestheticHead(state["layers.0.weight"].shape[1])
@@ -143,7 +132,7 @@ def load_aesthetic_head(source: str | Path, device: str | None = None) -> Aesthe
 
 
 def load_age_classifier(source: str | Path, device: str | None = None) -> AgeClassifier:
-    """Load an age classifier from a transformers folder or the Hub: "nateraw/vit-age-classifier"."""
+    """Load an age classifier from a transformers folder, or "nateraw/vit-age-classifier"."""
     folder = hub.fetch("age", str(source))
     kind = "an age classifier's folder, nor an id such as 'nateraw/vit-age-classifier'"
     _require(folder, kind, "config.json", "model.safetensors")
@@ -156,17 +145,14 @@ def load_age_classifier(source: str | Path, device: str | None = None) -> AgeCla
         raise _unreadable(source, "a ViTForImageClassification", error) from error
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     if labels != AGE_CLASSES or report["missing_keys"]:
-        raise ValueError(
-            f"{source}: not an age classifier with the nine classes {', '.join(AGE_CLASSES)}; it "
-            f"has {', '.join(labels)} and lacks {len(report['missing_keys'])} of the weights"
-        )
+        needed, found = f"the nine classes {', '.join(AGE_CLASSES)}", ", ".join(labels)
+        lacks = f"lacks {len(report['missing_keys'])} of the weights"
+        raise ValueError(f"{source}: no age classifier of {needed}; it has {found} and {lacks}")
     mean, std, size = processor.image_mean, processor.image_std, processor.size["height"]
     return AgeClassifier(_frozen(model, device), size, tuple(mean), tuple(std))
 
 
-def age_logits(
-    classifier: AgeClassifier, images: torch.Tensor, batch_size: int = 250
-) -> torch.Tensor:
+def age_logits(classifier: AgeClassifier, images, batch_size: int = 250) -> torch.Tensor:
     """Logits (N, 9) over AGE_CLASSES of float images (N, 3, S, S) in [-1, 1]."""
     model, parts = classifier.model, _on(classifier.model, images).split(batch_size)
     ready = (_prepare(part, classifier, _resize_levels) for part in parts)

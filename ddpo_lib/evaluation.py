@@ -7,23 +7,13 @@ import torch
 
 from ddpo_lib import policy as policies
 from ddpo_lib import rewards, sampler
-from ddpo_lib.policy import Policy
 
 
-def draw(
-    policy: Policy,
-    n: int,
-    n_steps: int,
-    seed: int,
-    eta: float = 0.0,
-    batch_size: int = 100,
-    progress: str | None = None,
-) -> np.ndarray:
+def draw(policy, n, n_steps, seed, eta=0.0, batch_size=100, progress=None) -> np.ndarray:
     """Pictures from fixed noise: uint8 (n, H, W, C); the first of n are the same for every n.
 
-    Args:
-        n_steps, eta, batch_size, progress: as in `sampler.rollout`.
-        seed: of the initial noise, and above eta = 0 of the steps' noise, for every policy alike.
+    The seed is that of the initial noise, and above eta = 0 of the steps' noise, for every policy
+    alike. Other arguments as in `sampler.rollout`.
     """
     seeds = sampler.seeds(seed, n)
     x_T = sampler.noise(policy, seeds)
@@ -31,9 +21,7 @@ def draw(
     return rewards.to_uint8(policies.decode(policy, x_0)).numpy()
 
 
-def score(
-    pictures: np.ndarray, reward: Callable, batch_size: int = 250, device: str | None = None
-) -> np.ndarray:
+def score(pictures, reward: Callable, batch_size: int = 250, device=None) -> np.ndarray:
     """A reward of uint8 pictures (n, H, W, C): what a viewer's file would score, (n,) float64. The
     reward gets them on `device`, by default a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

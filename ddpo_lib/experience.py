@@ -16,26 +16,19 @@ class Experience:
     A decision is a pair (step k, sample i): the policy went from states[k, i] to states[k+1, i].
     """
 
-    trajectory: Trajectory
-    """Of N samples."""
-    rewards: torch.Tensor
-    """(N,) float32."""
-    steps: torch.Tensor
-    """(K,) int64: the steps k that are learned from, see `learnable_steps`."""
-    groups: torch.Tensor | None = None
-    """(N,) int64: samples of one label are compared with each other alone; None for one group."""
+    trajectory: Trajectory  # of N samples
+    rewards: torch.Tensor  # (N,) float32
+    steps: torch.Tensor  # (K,) int64: the steps k that are learned from, see `learnable_steps`
+    groups: torch.Tensor | None = None  # (N,) int64 labels of samples to compare; None for one
 
 
 @dataclass(frozen=True)
 class Rescored:
     """Decisions under the policy that learns, beside the policy that made them."""
 
-    log_prob: torch.Tensor
-    """(U,) float64, carries the gradient."""
-    log_ratio: torch.Tensor
-    """(U,) float64: log rho, `log_prob` minus the rollout's; carries the gradient."""
-    kl: torch.Tensor
-    """(U,) float64: KL between the two transitions in nats, whatever the reduction; no gradient."""
+    log_prob: torch.Tensor  # (U,) float64, carries the gradient
+    log_ratio: torch.Tensor  # (U,) float64: log rho, log_prob minus the rollout's; with gradient
+    kl: torch.Tensor  # (U,) float64: between the two in nats, whatever the reduction; no gradient
 
 
 def learnable_steps(stds: torch.Tensor, min_std: float = 0.0) -> torch.Tensor:
@@ -74,16 +67,13 @@ def standardise(rewards: torch.Tensor, groups: torch.Tensor | None = None) -> to
     return result
 
 
-def rescore(
-    policy: Policy, trajectory: Trajectory, step: torch.Tensor, sample: torch.Tensor
-) -> Rescored:
+def rescore(policy: Policy, trajectory: Trajectory, step, sample) -> Rescored:
     """Score decisions (step[u], sample[u]), (U,) int64 each, under the policy."""
     device, context = policy.device, trajectory.context and trajectory.context.select(sample)
     x_t, x_prev = (trajectory.states[k, sample].to(device) for k in (step, step + 1))
     t, t_prev = (each[step].to(device) for each in (trajectory.timesteps, trajectory.t_prev))
     new = transition(policy, x_t, t, t_prev, trajectory.eta, context)
     value = log_prob(x_prev, new.mean, new.std, trajectory.reduction)
-    old, old_mean = (
-        each[step, sample].to(device) for each in (trajectory.log_probs, trajectory.means)
-    )
-    return Rescored(value, value - old, kl(new.mean.detach(), old_mean, new.std))
+    log_ratio = value - trajectory.log_probs[step, sample].to(device)
+    old_mean = trajectory.means[step, sample].to(device)
+    return Rescored(value, log_ratio, kl(new.mean.detach(), old_mean, new.std))

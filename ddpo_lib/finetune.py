@@ -27,11 +27,9 @@ class Training:
 
     learner: Policy
     optimizer: torch.optim.Optimizer
-    reward: rewards.Reward
-    """As `rewards.checked` gives it."""
+    reward: rewards.Reward  # as `rewards.checked` gives it
     objective: ModuleType
-    own: object
-    """The objective's settings."""
+    own: object  # the objective's settings
     helpers: torch.nn.Module | None
     settings: Finetune
     seed: int
@@ -59,21 +57,16 @@ def finetune(
         reward: images (N, C, H, W) in [-1, 1] to N numbers, higher is better; see `rewards`.
         objective: a name, "ddpo", or a module of your own; see `objectives`.
         settings: of the loop.
-        home: the run's folder, see `runs`. Its best/ is the policy with the highest development
-            reward, for `policy.load` or plain diffusers.
+        home: the run's folder, see `runs`; returned. Its best/ is the policy with the highest
+            development reward, for `policy.load` or plain diffusers.
         seed: of noise and mini-batches, at least 0.
         objective_settings: the objective's `Settings`; its defaults if None.
         on_iteration: called after each iteration, when its checkpoint is on the disk, with its
             metrics, one flat dict of numbers; `wandb.log` is one.
 
-    Returns:
-        The run's folder.
-
     Raises:
-        ValueError: settings that do not go together, a reward that does not fit, or a folder that
-            holds something else; before anything is written.
-        FloatingPointError: images or gradients are not finite; names the iteration, and the last
-            checkpoint stays.
+        ValueError: settings, reward or folder do not fit; before anything is written.
+        FloatingPointError: images or gradients are not finite; the last checkpoint stays.
     """
     home = Path(home).absolute()
     training = _prepare(policy, reward, objective, settings, seed, objective_settings)
@@ -96,29 +89,17 @@ def finetune(
 
 
 def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict]]:
-    """One iteration: sample trajectories, score them, update the policy in place.
-
-    Args:
-        iteration: from 1.
-
-    Returns:
-        The rewards (n_samples,) of the samples, and what `update.update` returns of each step.
-    """
+    """One iteration, from 1: sample trajectories, score them, update the policy in place. Returns
+    the rewards (n_samples,) of the samples, and what `update.update` returns of each step."""
     learner, settings, objective = training.learner, training.settings, training.objective
     sample_seed, order_seed = _seeds(training.seed, iteration)
     share = parallel.share(settings.n_samples)
     seeds = sampler.seeds(sample_seed, settings.n_samples)[share]
-    trajectory = sampler.rollout(
-        learner,
-        sampler.noise(learner, seeds),
-        settings.n_steps,
-        seeds,
-        settings.eta,
-        settings.log_prob_reduction,
-        batch_size=settings.micro_batch,
-        progress="rollout" if parallel.is_main() else None,
-        store=sampler.roomy_device(learner, len(seeds), settings.n_steps),
-    )
+    chain = {"n_steps": settings.n_steps, "seeds": seeds, "eta": settings.eta}
+    chain |= {"reduction": settings.log_prob_reduction, "batch_size": settings.micro_batch}
+    chain["store"] = sampler.roomy_device(learner, len(seeds), settings.n_steps)
+    progress = "rollout" if parallel.is_main() else None
+    trajectory = sampler.rollout(learner, sampler.noise(learner, seeds), progress=progress, **chain)
     images = policy.decode(learner, trajectory.x_0.to(learner.device))
     scores = parallel.gather(training.reward(images)).cpu()
     steps = learnable_steps(trajectory.stds, settings.min_std)
@@ -127,30 +108,22 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     if not credit.any():
         tqdm.write(f"iteration {iteration}: every credit is 0, nothing can be learned from it")
     generator = torch.Generator().manual_seed(order_seed)
-    batches = [
-        rows
-        for _ in range(settings.n_inner_epochs)
-        for rows in objective.units(experience, training.own, settings, generator)
-    ]
+    batches = []
+    for _ in range(settings.n_inner_epochs):
+        batches += objective.units(experience, training.own, settings, generator)
     experience = dataclasses.replace(experience, rewards=scores[share])
     credit = credit[..., share]
 
     def loss(rows):
         return objective.loss(learner, experience, rows, credit, training.own, training.helpers)
 
+    limits = {"micro_batch": settings.micro_batch, "max_grad_norm": settings.max_grad_norm}
     n_updates, updates = settings.n_iterations * len(batches), []
     for rows in tqdm(batches, desc="update", leave=False, disable=not parallel.is_main()):
         n = (iteration - 1) * len(batches) + len(updates)
-        done = update(
-            learner.unet,
-            training.optimizer,
-            _local(rows, share),
-            loss,
-            n_units=len(rows),
-            micro_batch=settings.micro_batch,
-            max_grad_norm=settings.max_grad_norm,
-            rate=learning_rate(n / max(1, n_updates - 1), settings),
-        )
+        step = {"n_units": len(rows), "rate": learning_rate(n / max(1, n_updates - 1), settings)}
+        mine = _local(rows, share)
+        done = update(learner.unet, training.optimizer, mine, loss, **step, **limits)
         updates.append({"update": n, **done})
     return scores, updates
 
@@ -169,18 +142,23 @@ def _prepare(base, reward, objective, settings, seed, own) -> Training:
     if not isinstance(own, objective.Settings):
         raise ValueError(f"objective_settings={own!r}: must be a {objective.__name__}.Settings")
     if rewards.needs_prompts(reward):
-        raise ValueError(
-            f"the reward {rewards.name(reward)!r} reads prompts, and this policy draws without: "
-            "give a function of the images alone"
-        )
+        title = f"the reward {rewards.name(reward)!r}"
+        raise ValueError(f"{title} reads prompts: this policy needs a function of images alone")
     t, t_prev = policy.steps(base, settings.n_steps)
     learnable_steps(policy.sigma(base, t, t_prev, settings.eta), settings.min_std)
     helpers = objective.helpers(base, own, settings)
     # The layout that `policy.load` gives, so that a run rounds alike before and after a stop.
     unet = copy.deepcopy(base.unet).to(memory_format=torch.channels_last)
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     bf16 = settings.bf16 and policy.has_bf16(base.device)
     learner = dataclasses.replace(base, unet=unet, bf16=bf16)
-    return Training(learner, None, rewards.checked(reward), objective, own, helpers, settings, seed)
+    learned = list(unet.parameters())
+    if helpers is not None:
+        learned += [p for p in helpers.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, weight_decay=settings.weight_decay)
+    judge = rewards.checked(reward)
+    return Training(learner, optimizer, judge, objective, own, helpers, settings, seed)
 
 
 def _identity(base, reward, training) -> dict:
@@ -201,13 +179,9 @@ def _run(training: Training, home: Path, on_iteration) -> None:
     settings, main = training.settings, parallel.is_main()
     done, resumed = runs.iterations_done(home), (home / "last").exists()
     if resumed:
-        learner = checkpoints.load_learner(home, training.learner)
-        training = dataclasses.replace(training, learner=learner)
-    training = _with_optimizer(training)
-    if resumed:
+        learner = training.learner
+        learner.unet.load_state_dict(checkpoints.load_learner(home, learner).unet.state_dict())
         checkpoints.restore(home, training.optimizer, training.helpers)
-    if settings.gradient_checkpointing:
-        training.learner.unet.enable_gradient_checkpointing()
     if main:
         runs.drop_after(home, done if resumed else -1)
     if not resumed:
@@ -219,19 +193,15 @@ def _run(training: Training, home: Path, on_iteration) -> None:
         start = time.perf_counter()
         try:
             scores, updates = iterate(training, iteration)
-            row = {
-                "iteration": iteration,
-                "reward_mean": scores.mean().item(),
-                "reward_sd": scores.std().item(),
-                **{k: float(np.mean([u[k] for u in updates])) for k in updates[0] if k != "update"},
-            }
+            scored = {"reward_mean": scores.mean().item(), "reward_sd": scores.std().item()}
+            names = [name for name in updates[0] if name != "update"]
+            means = {name: float(np.mean([each[name] for each in updates])) for name in names}
+            row = {"iteration": iteration, **scored, **means}
             lists = {"rewards": scores.tolist(), "updates": updates}
             row = _keep(training, home, row, lists, start)
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"iteration {iteration}: {error}. The checkpoint of iteration {iteration - 1} is "
-                f"whole, in {home}"
-            ) from error
+            kept = f"{home} keeps the checkpoint of iteration {iteration - 1}"
+            raise FloatingPointError(f"iteration {iteration}: {error}; {kept}") from error
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward_mean", "development_reward")})
         if on_iteration is not None and main:
             on_iteration(row)
@@ -241,15 +211,11 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
     """Draw the development set and write all of an iteration; the checkpoint comes last, so that
     what a crash leaves of an iteration is made again. Returns the row with the set's rewards."""
     learner, iteration = training.learner, row["iteration"]
-    noise = development_noise(learner, training.seed, training.settings.n_development)
-    x_0 = sampler.sample(
-        learner,
-        noise[parallel.share(len(noise))],
-        training.settings.n_steps,
-        batch_size=training.settings.micro_batch,
-        progress="development set" if parallel.is_main() else None,
-    )
-    images = policy.decode(learner, x_0)
+    settings, progress = training.settings, "development set" if parallel.is_main() else None
+    noise = development_noise(learner, training.seed, settings.n_development)
+    options = {"batch_size": settings.micro_batch, "progress": progress}
+    mine = noise[parallel.share(len(noise))]
+    images = policy.decode(learner, sampler.sample(learner, mine, settings.n_steps, **options))
     pictures = parallel.gather(rewards.to_uint8(images)).numpy()
     values = parallel.gather(training.reward(images)).cpu().numpy()
     reward = float(values.mean())
@@ -268,20 +234,9 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
     return row
 
 
-def _with_optimizer(training: Training) -> Training:
-    parameters = list(training.learner.unet.parameters())
-    if training.helpers is not None:
-        parameters += [p for p in training.helpers.parameters() if p.requires_grad]
-    settings = training.settings
-    decay = settings.weight_decay
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=decay)
-    return dataclasses.replace(training, optimizer=optimizer)
-
-
 def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:
     """The units (U, D, 2) whose samples this process holds, counted from its first."""
-    samples = rows[..., 1]
-    mine = ((samples >= share.start) & (samples < share.stop)).all(1)
+    mine = ((rows[..., 1] >= share.start) & (rows[..., 1] < share.stop)).all(1)
     return rows[mine] - rows.new_tensor([0, share.start])
 
 

@@ -8,31 +8,24 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
 
-from ddpo_lib.policy import Context, Policy, configuration, predict_noise
-
-if TYPE_CHECKING:
-    from ddpo_lib.encoders import Clip
+from ddpo_lib.encoders import Clip, embed_images, embed_texts
+from ddpo_lib.policy import Policy, configuration, predict_noise
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """Images (N, C, H, W), about in [-1, 1], to (N,) differentiable numbers, low where as wished."""
 
 
-def clip_distance(clip: "Clip", prompt: str) -> Loss:
+def clip_distance(clip: Clip, prompt: str) -> Loss:
     """1 - cosine between the CLIP embeddings of an image and of the prompt, in [0, 2]."""
-    from ddpo_lib.encoders import embed_images, embed_texts
-
     with torch.no_grad():
         text = embed_texts(clip, [prompt])[0]
     return lambda images: 1 - embed_images(clip, images) @ text
 
 
-def gradient(
-    policy: Policy, loss: Loss, x_t: torch.Tensor, t: torch.Tensor, context: Context | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(policy, loss: Loss, x_t, t, context=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of a loss on the denoised image with respect to the noisy state.
 
     The loss sees x~_{t→0} (equation 2.25), not x_t: networks that were trained on images are
@@ -65,10 +58,8 @@ def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
 
         eps_theta(x_t, t) + scale · sqrt(1 - alpha_bar_t) · grad_{x_t} loss(x~_{t→0}).
 
-    Args:
-        loss: what the images should make small, for instance `clip_distance`.
-        scale: gamma, at least 0; 0 leaves the policy as it is. A prediction costs a backward pass
-            too, and memory for it: give the sampler a smaller `batch_size` for large networks.
+    The scale, gamma, is at least 0, which leaves the policy as it is. A prediction costs a backward
+    pass, and memory for it: give the sampler a smaller `batch_size` for large networks.
     """
     if not 0 <= scale < float("inf"):
         raise ValueError(f"scale={scale}: gamma must be a number from 0 up; or negate the loss")

@@ -87,10 +87,9 @@ def explained(source: str, wish: str = "get") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise FileNotFoundError(
-            f"cannot {wish} {source!r}, the id of a model on the Hugging Face Hub: "
-            f"{_advice(error, source)}. Cause: {cause(error)}"
-        ) from error
+        title = f"cannot {wish} {source!r}, the id of a model on the Hugging Face Hub"
+        said = f"{title}: {_advice(error, source)}. Cause: {cause(error)}"
+        raise FileNotFoundError(said) from error
 
 
 def _advice(error: Exception, source: str) -> str:
@@ -115,12 +114,13 @@ def _advice(error: Exception, source: str) -> str:
     if is_any(errors.GatedRepoError):
         return f"its owner gives access on request. Ask on {page}, then log in: `hf auth login`"
     if is_any(errors.RevisionNotFoundError):
-        return f"{repository} has no revision {revision!r}. Take one from {page}/commits/main"
+        others = f"a commit (all 40 digits), a tag or a branch from {page}/commits/main"
+        return f"{repository} has no revision {revision!r}. Take {others}"
     if is_any(errors.RepositoryNotFoundError, errors.HFValidationError):
-        missing = f"there is no {repository}, or it is private. Check the spelling; for a private"
-        return f"{missing} one, `hf auth login`; a folder of your own must exist"
+        missing = f"there is no {repository}, or it is private. Check the spelling"
+        return f"{missing}; for a private one, `hf auth login`; a folder of your own must exist"
     if is_any(errors.LocalTokenNotFoundError) or statuses & {401, 403}:
-        return "it wants to know who you are. Log in with `hf auth login`"
+        return "it wants to know who you are. `hf auth login`, with a token that allows it"
     if 429 in statuses:
         return "it has had too many requests from here. Wait some minutes, or `hf auth login`"
     if is_any(errors.RemoteEntryNotFoundError):
@@ -128,8 +128,9 @@ def _advice(error: Exception, source: str) -> str:
     if constants.HF_HUB_OFFLINE:
         missing = f"HF_HUB_OFFLINE is set and the cache, {cache}, does not have all of it"
         return f"{missing}. Start once without HF_HUB_OFFLINE, or name a folder with the model"
-    missing = "the Hub cannot be reached, or the download broke off. Check the connection and start"
-    return f"{missing} again: what is downloaded stays. Or name a folder with the model"
+    failed = "the Hub cannot be reached, or the download broke off"
+    advice = "Check the connection and start again: what is downloaded stays"
+    return f"{failed}. {advice}. Without a network, name a folder with the model"
 
 
 def cause(error: Exception) -> str:

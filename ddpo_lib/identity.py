@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddpo_lib.policy import Policy
+from ddpo_lib.policy import Policy, configuration
 
 CONSTANTS = (type(None), type(...), bool, int, float, complex, str, bytes)
+METHODS = (FunctionType, staticmethod, classmethod, property)
 
 
 def fingerprint(thing: object) -> str:
@@ -28,14 +29,12 @@ def fingerprint(thing: object) -> str:
 
     - A function, class or module of this library or of an installed package: its name, and of a
       function the defaults and the closure.
-    - Any other function: its compiled code, which comments, layout and its docstring do not change,
-      and all that it uses, in turn, but for what it imports in its own body. Any other class or
-      module: its members.
+    - Any other function: its compiled code, without its docstring, and all that it uses, in turn,
+      but for what it imports in its own body. Any other class or module: its members.
     - A network of a package's layers: these, weights and configuration. A policy: network and
-      schedule, without `bf16`, which is a setting of the run. A dataclass: its fields, without
-      those of `compare=False`.
-    - Any other object: its class and what pickle would keep of it. So a counter or a cache counts,
-      unless `__getstate__` leaves it out. Of what cannot be read, such as a lock: its type's name.
+      schedule, not `bf16`, a setting of the run. A dataclass: its fields, but for `compare=False`.
+    - Any other object: its class and what pickle would keep of it, a counter or a cache unless
+      `__getstate__` leaves it out. Of what cannot be read, such as a lock: its type's name.
     """
     return _digest(thing, {}).hex()
 
@@ -87,21 +86,23 @@ def _describe(thing: object, digest: Callable[[object], bytes]) -> tuple[str, by
         case type() | ModuleType():
             if _is_installed(getattr(thing, "__module__", thing.__name__)):
                 return _name(thing), b""
-            inside = {key: value for key, value in vars(thing).items() if _is_member(key, value)}
-            return "members", parts(getattr(thing, "__bases__", ()), inside)
+            # Not what Python itself puts there, such as the docstring or a module's path.
+            own = {k: v for k, v in vars(thing).items() if isinstance(v, METHODS) or k[:2] != "__"}
+            return "members", parts(getattr(thing, "__bases__", ()), own)
         case property() | functools._lru_cache_wrapper() | staticmethod() | classmethod():
             return _name(type(thing)), parts(getattr(thing, "__wrapped__", None) or thing.fget)
         case nn.Module() if all(_is_installed(type(layer).__module__) for layer in thing.modules()):
             layers = re.sub(r"0x[0-9a-f]+", "", repr(thing))  # without addresses in memory
             weights = thing.state_dict() | dict(thing.named_buffers())
-            return "network", parts(layers, weights, _configuration(thing))
+            config = configuration(thing) if hasattr(thing, "register_to_config") else None
+            return "network", parts(layers, weights, config)
         case _ if is_dataclass(thing):
             values = {f.name: getattr(thing, f.name) for f in fields(thing) if f.compare}
             if isinstance(thing, Policy):
                 del values["bf16"]
             return "dataclass", parts(type(thing), values)
         case _ if hasattr(type(thing), "register_to_config"):
-            return "scheduler", parts(type(thing), _configuration(thing))
+            return "scheduler", parts(type(thing), configuration(thing))
     reduce = copyreg.dispatch_table.get(type(thing))
     state = reduce(thing) if reduce else thing.__reduce_ex__(4)
     if isinstance(state, str):  # the name of what pickle would import
@@ -109,11 +110,19 @@ def _describe(thing: object, digest: Callable[[object], bytes]) -> tuple[str, by
     return "object", parts(*state[:3], *(list(items or ()) for items in state[3:5]))
 
 
-def _code(code: CodeType, docstring: str | None = None) -> Iterator[object]:
+def _code(code: CodeType, docstring: str | None = None) -> tuple:
     """What runs, and not the source, which may have been edited since it was imported."""
-    yield from (code.co_code, code.co_names, code.co_exceptiontable)
-    yield [constant for constant in code.co_consts if constant not in (None, docstring)]
-    yield from (code.co_argcount, code.co_kwonlyargcount, code.co_flags & 0x0C)  # 0x0C: *, **
+    constants = [constant for constant in code.co_consts if constant not in (None, docstring)]
+    arguments = code.co_argcount, code.co_kwonlyargcount, code.co_flags & 0x0C  # 0x0C: *, **
+    return code.co_code, code.co_names, code.co_exceptiontable, constants, *arguments
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
 
 
 def _closure(function: FunctionType) -> Iterator[object]:
@@ -124,29 +133,12 @@ def _closure(function: FunctionType) -> Iterator[object]:
 
 def _globals(function: FunctionType) -> dict[str, object]:
     """The global names in a function's code, and what they stand for."""
-
-    def names(code: CodeType) -> Iterator[str]:
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                yield step.argval
-            elif isinstance(step.argval, CodeType):
-                yield from names(step.argval)
-
-    scope, used = function.__globals__, sorted(set(names(function.__code__)))
+    steps = (step for code in _nested(function.__code__) for step in dis.get_instructions(code))
+    used = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    scope = function.__globals__
     # __file__ and __name__ say where it lies, which decides nothing.
-    return {name: scope[name] for name in used if name in scope and not name.startswith("__")}
-
-
-def _is_member(name: str, value: object) -> bool:
-    """Not what Python itself puts there, such as the docstring or a module's path."""
-    methods = (FunctionType, staticmethod, classmethod, property)
-    return isinstance(value, methods) or not name.startswith("__")
-
-
-def _configuration(model: object) -> dict[str, object] | None:
-    """Of a model of diffusers, without its own notes, such as the folder and the version."""
-    if hasattr(type(model), "register_to_config"):
-        return {key: value for key, value in model.config.items() if not key.startswith("_")}
+    kept = (name for name in sorted(used) if name in scope and not name.startswith("__"))
+    return {name: scope[name] for name in kept}
 
 
 def _is_installed(module: str) -> bool:
@@ -154,9 +146,10 @@ def _is_installed(module: str) -> bool:
     root = module.partition(".")[0]
     if root in sys.stdlib_module_names or root == __name__.partition(".")[0]:
         return True
+    if root == "__main__":  # whatever was started, a notebook is not installed
+        return False
     files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in (module, root)]
-    packages = any({"site-packages", "dist-packages"} & set(Path(file).parts) for file in files)
-    return packages and root != "__main__"  # whatever was started, a notebook is not installed
+    return any({"site-packages", "dist-packages"} & set(Path(file).parts) for file in files)
 
 
 def _name(thing: object) -> str:

@@ -11,12 +11,7 @@ from ddpo_lib.policy import Policy, configuration, steps
 
 @torch.no_grad()
 def invert(
-    policy: Policy,
-    x_0: torch.Tensor,
-    n_steps: int,
-    n_evaluations: int = 1,
-    batch_size: int = 100,
-    progress: str | None = None,
+    policy, x_0, n_steps: int, n_evaluations: int = 1, batch_size: int = 100, progress=None
 ) -> torch.Tensor:
     """DDIM inversion (section 2.7): the states from which the sampler would come to given images.
 
@@ -27,15 +22,12 @@ def invert(
 
     It is found by putting a guess into the right-hand side, first x_{t-1} itself. Doing so once is
     the usual inversion, an approximation that improves with the number of steps; each further
-    evaluation goes on from the last one's result, towards the exact inverse.
-
-    The clamp of x~ has no inverse and is left out, whatever the policy says; `unclamped` makes the
-    sampler that belongs to the result.
+    one of `n_evaluations` goes on from the last one's result, towards the exact inverse. The clamp
+    of x~ has no inverse and is left out; `unclamped` makes the sampler that belongs to the result.
 
     Args:
         x_0: (N, C, H, W) images in [-1, 1].
-        n_steps: as in `sampler.rollout`.
-        n_evaluations: of the network, per step.
+        n_steps, batch_size, progress: as in `sampler.rollout`.
 
     Returns:
         (n_steps + 1, N, C, H, W) float32, in the order of `Trajectory.states`: x_T first, x_0 last.

@@ -11,9 +11,7 @@ import torch
 REDUCTIONS = ("mean", "sum")
 
 
-def log_prob(
-    x_prev: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, reduction: str = "mean"
-) -> torch.Tensor:
+def log_prob(x_prev, mean, std, reduction: str = "mean") -> torch.Tensor:
     """log N(x_prev; mean, std^2 I) for each sample, (N,) float64 (equation 4.2).
 
     Args:

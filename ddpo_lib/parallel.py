@@ -1,9 +1,8 @@
-"""One finetuning in several processes, started by `accelerate launch` or `torchrun`; alone, nothing
-changes.
+"""One finetuning in several processes, started by `accelerate launch` or `torchrun`.
 
 Every process holds the whole policy and rolls out its share of the trajectories. Rewards are
 gathered before credit is given, and gradients are summed before the optimizer steps, so all
-processes make the same update. The main one writes the run's folder.
+processes make the same update. The main one writes the run's folder. Alone, nothing changes.
 """
 
 import functools

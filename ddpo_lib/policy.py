@@ -6,15 +6,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ddpo_lib import hub
-
-if TYPE_CHECKING:  # diffusers takes seconds to import: the functions that need it do so
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 GOOD_BETAS = "num_train_timesteps of them, inside (0, 1), leaving some signal at the end"
 SUPPORTED = {
@@ -35,12 +31,10 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class Context:
-    """What samples are conditioned on."""
+    """What N samples are conditioned on: a text each, and (N, L, D) float32 of its L tokens."""
 
     prompts: tuple[str, ...]
-    """N texts, one a sample."""
     embeddings: torch.Tensor
-    """(N, L, D) float32: of the L tokens of each."""
 
     def select(self, index: slice | torch.Tensor) -> "Context":
         """The entries of some samples."""
@@ -52,12 +46,9 @@ class Context:
 class Policy:
     """A diffusion model seen as a stochastic policy over denoising steps."""
 
-    unet: "UNet2DModel"
-    """Takes x_t (N, C, H, W) and t (N,); gives the noise in x_t, or v if the scheduler is for v."""
-    scheduler: "DDPMScheduler | DDIMScheduler"
-    """Came with the weights: the schedule, its timesteps, what the network predicts, clipping."""
-    bf16: bool = True
-    """Run the network under bfloat16 autocast. Without, TF32 is switched off, process-wide."""
+    unet: torch.nn.Module  # UNet2DModel: of x_t (N, C, H, W) and t (N,) the noise in x_t, or v
+    scheduler: object  # DDPMScheduler or DDIMScheduler: schedule, what unet predicts, clipping
+    bf16: bool = True  # run unet under bfloat16 autocast; if not, TF32 is off, process-wide
 
     @property
     def alpha_bar(self) -> torch.Tensor:
@@ -91,17 +82,12 @@ class Policy:
 class Transition:
     """The Gaussian p_theta(x_{t-1} | x_t) = N(mean, std^2 I) and what it was made from."""
 
-    mean: torch.Tensor
-    """(N, C, H, W) float32."""
-    std: torch.Tensor
-    """(N,) float32: sigma_t; 0 where the step is deterministic."""
-    denoised: torch.Tensor
-    """(N, C, H, W) float32: the clean image x~_0 predicted from x_t (equation 2.25)."""
+    mean: torch.Tensor  # (N, C, H, W) float32
+    std: torch.Tensor  # (N,) float32: sigma_t; 0 where the step is deterministic
+    denoised: torch.Tensor  # (N, C, H, W) float32: x~_0 as predicted from x_t (equation 2.25)
 
 
-def load(
-    source: str | Path, device: str | None = None, bf16: bool = True, base: str | Path | None = None
-) -> Policy:
+def load(source: str | Path, device=None, bf16: bool = True, base=None) -> Policy:
     """Load a policy.
 
     Args:
@@ -139,9 +125,9 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _read(source: str) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
+def _read(source: str) -> tuple:
     """Network and scheduler of a folder or of a model on the Hub."""
-    import diffusers
+    import diffusers  # takes seconds: the functions that need it do so
 
     if hub.locate(source) is None and not Path(source).is_dir():
         raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
@@ -152,11 +138,10 @@ def _read(source: str) -> tuple["UNet2DModel", "DDPMScheduler | DDIMScheduler"]:
         _check(source, {"pipeline": index["_class_name"]} | parts)
         at = {part: part if (folder / part).is_dir() else None for part in parts}
         # Left to itself, diffusers calls a .bin file unsafe, which it yet reads weights-only.
-        safetensors = any(folder.rglob("diffusion_pytorch_model*.safetensors"))
-        unet, report = diffusers.UNet2DModel.from_pretrained(
-            folder, subfolder=at["unet"], use_safetensors=safetensors,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        options = {"use_safetensors": any(folder.rglob("diffusion_pytorch_model*.safetensors"))}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        load_unet = diffusers.UNet2DModel.from_pretrained
+        unet, report = load_unet(folder, subfolder=at["unet"], **options)
         kind = getattr(diffusers, parts["scheduler"])
         scheduler = kind.from_pretrained(folder, subfolder=at["scheduler"])
         odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
@@ -183,10 +168,8 @@ def _read_pth(file: str, base: str | Path | None) -> tuple:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no policy at {file!r}: the file does not exist")
     if base is None:
-        raise ValueError(
-            f"{file} holds weights alone: name the policy that it was finetuned from, for example "
-            "base='google/ddpm-celebahq-256'"
-        )
+        origin = "name the policy that it was finetuned from, base='google/ddpm-celebahq-256'"
+        raise ValueError(f"{file} holds weights alone: {origin}")
     unet, scheduler = _read(str(base))
     # Beside the weights lies the best reward, a numpy scalar, under numpy 1's or numpy 2's name.
     scalar, types = np.float64(0).__reduce__()[0], (np.dtypes.Float32DType, np.dtypes.Float64DType)
@@ -196,10 +179,8 @@ def _read_pth(file: str, base: str | Path | None) -> tuple:
             content = torch.load(file, "cpu", weights_only=True, mmap=True)
         unet.load_state_dict(content["model_state_dict"])
     except Exception as error:
-        raise ValueError(
-            f"{file} is no checkpoint of the thesis's code, or it is damaged, or its base is "
-            f"another policy. Cause: {hub.cause(error)}"
-        ) from error
+        fault = "no checkpoint of the thesis's code, or it is damaged, or its base is another"
+        raise ValueError(f"{file} is {fault}. Cause: {hub.cause(error)}") from error
     return unet, scheduler
 
 
@@ -250,23 +231,20 @@ def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"n_steps={n_steps}: diffusers' timesteps {reach}; take another n_steps")
     signal = policy.alpha_bar[t[0]].sqrt().item()
     if signal > 0.2:
-        warnings.warn(
-            f"n_steps={n_steps}: the chain starts from pure noise at timestep {t[0]} of {T}, where "
-            f"{signal:.2f} of the image should be left; take another n_steps or timestep_spacing",
-            stacklevel=2,
-        )
+        late = f"timestep {t[0]} of {T}, where {signal:.2f} of the image should be left"
+        start = f"the chain starts from pure noise at {late}"
+        advice = "take another n_steps or timestep_spacing"
+        warnings.warn(f"n_steps={n_steps}: {start}; {advice}", stacklevel=2)
     return t, t - T // n_steps
 
 
-def configuration(scheduler) -> dict:
-    """All of a scheduler's settings, for another `from_config`, which would leave out those that
-    were given by position: diffusers notes them as defaults."""
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+def configuration(model) -> dict:
+    """All settings of a scheduler or network of diffusers, without its own notes, by which another
+    `from_config` would take those that were given by position for defaults."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
-def predict_noise(
-    policy: Policy, x_t: torch.Tensor, t: torch.Tensor, context: Context | None = None
-) -> torch.Tensor:
+def predict_noise(policy, x_t, t, context: Context | None = None) -> torch.Tensor:
     """eps_theta(x_t, t), (N, C, H, W) float32, also of a network that predicts v. The context must
     be None: no policy takes text yet."""
     if context is not None:
@@ -310,8 +288,8 @@ def transition(policy, x_t, t, t_prev, eta=1.0, context=None) -> Transition:
     std = sigma(policy, t, t_prev, eta).view(-1, 1, 1, 1)
     denoised = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
     if policy.scheduler.config.clip_sample:
-        # As in diffusers, eps is not recomputed from the clamped image. The clamp passes no
-        # gradient at saturated pixels; the direct term below still does.
+        # As in diffusers, eps is not recomputed. The clamp passes no gradient at saturated pixels;
+        # the direct term below still does.
         limit = policy.scheduler.config.clip_sample_range
         denoised = denoised.clamp(-limit, limit)
     # At eta = 1 the difference can round below zero at the last steps.

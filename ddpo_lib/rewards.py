@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,10 +29,8 @@ MODELS = {"aesthetic": ("clip", "aesthetic"), "over50": ("age",), "under30": ("a
 def to_uint8(images: torch.Tensor, encoding: str = "rescaled") -> torch.Tensor:
     """Float images (N, C, H, W) in [-1, 1] → (N, H, W, C) uint8 on the CPU.
 
-    Args:
-        images: refused where `check_images` refuses.
-        encoding: "rescaled" maps [-1, 1] to 0…255. "published" repeats the thesis's code, which
-            multiplies by 255 and clamps, so that everything below mid-grey turns black.
+    The encoding "rescaled" maps [-1, 1] to 0…255. "published" repeats the thesis's code, which
+    multiplies by 255 and clamps, so that everything below mid-grey turns black.
     """
     if encoding not in ENCODINGS:
         raise ValueError(f"JPEG encoding {encoding!r}: must be one of {ENCODINGS}")
@@ -52,25 +50,20 @@ def check_images(images: torch.Tensor) -> None:
     """Raise ValueError for what is no float tensor (N, C, H, W), and for grey levels 0…255;
     FloatingPointError for images that are not finite, which it names."""
     if not (isinstance(images, torch.Tensor) and images.is_floating_point() and images.ndim == 4):
-        raise ValueError(
-            f"expected a float tensor (N, C, H, W) in [-1, 1], got {_kind(images)}; of uint8 "
-            "images (N, H, W, C), `rewards.from_uint8` makes one"
-        )
+        found = f"got {_kind(images)}; of uint8 images, rewards.from_uint8 makes one"
+        raise ValueError(f"expected a float tensor (N, C, H, W) in [-1, 1], {found}")
     if bad := _not_finite(images):
         raise FloatingPointError(f"images {bad} are not finite: what drew them has diverged")
     # A policy may leave [-1, 1], by far if it does not clip, but then to both sides.
     if images.numel() and images.min() >= 0 and images.max() > 10:
-        raise ValueError(
-            f"expected images in [-1, 1], got {images.min():.3g} to {images.max():.3g}: if these "
-            "are grey levels, divide by 127.5 and subtract 1"
-        )
+        found = f"{images.min():.3g} to {images.max():.3g}"
+        raise ValueError(f"expected images in [-1, 1], got {found}: divide by 127.5, subtract 1")
 
 
 def jpeg_kilobytes(images: torch.Tensor, encoding: str = "rescaled") -> torch.Tensor:
     """Size of each image (N, 1 or 3, H, W) as a JPEG of quality 95, in kB of 1000 bytes, (N,).
 
-    The encoding "published", see `to_uint8`, is there to compare with the thesis's numbers (17.26
-    kB for its faces).
+    The encoding "published", see `to_uint8`, is for the thesis's numbers (17.26 kB for its faces).
     """
     levels = to_uint8(images, encoding)
     if (channels := levels.shape[-1]) not in (1, 3):
@@ -130,19 +123,11 @@ JPEG = {f.__name__: f for f in (jpeg_compressibility, jpeg_incompressibility)}
 REWARDS = (*JPEG, *MODELS)
 
 
-def load(
-    name: str, models: Mapping[str, str] | None = None, device: str | None = None,
-    jpeg_encoding: str = "rescaled",
-) -> Reward:  # fmt: skip
+def load(name: str, models=None, device=None, jpeg_encoding: str = "rescaled") -> Reward:
     """The reward called `name`: one of `REWARDS`, or "package.module:function" for your own.
 
-    Args:
-        models: where a learned reward's `MODELS` are, see the loaders in `encoders`.
-        device: for those models; by default a GPU if there is one.
-        jpeg_encoding: for the JPEG rewards, see `to_uint8`.
-
-    Raises:
-        ValueError: no such reward, or no source of a model.
+    A learned one needs the sources of its `MODELS`, name → source, and the device that they go to,
+    see `encoders`; a JPEG reward the encoding, see `to_uint8`.
     """
     if name in JPEG:
         return functools.partial(JPEG[name], encoding=jpeg_encoding)
@@ -156,10 +141,8 @@ def load(
         return over50(classifier) if name == "over50" else under30(classifier)
     module, _, function = name.partition(":")
     if not (module and function):
-        raise ValueError(
-            f"unknown reward {name!r}: choose one of {REWARDS}, or name your own as "
-            "'package.module:function'"
-        )
+        known = f"choose one of {REWARDS}, or your own as 'package.module:function'"
+        raise ValueError(f"unknown reward {name!r}: {known}")
     try:
         return getattr(importlib.import_module(module), function)
     except Exception as error:
@@ -172,13 +155,9 @@ def load(
 def checked(reward: Reward) -> Callable[..., torch.Tensor]:
     """The reward as the loop calls it: scores(images, prompts=None) → (N,) float32, no gradient.
 
-    Lists, NumPy arrays, integers and values that carry a gradient will do.
-
-    Raises:
-        ValueError: it is no reward, see `needs_prompts`. Called: prompts are missing, or the reward
-            returned anything but one finite real number per image.
-        RuntimeError: called, where the reward itself raises; from that error. Images that
-            `check_images` refuses never reach it.
+    Lists, NumPy arrays, integers and values that carry a gradient will do. `scores` refuses images
+    as `check_images` does, and raises ValueError for anything but one finite real number per image,
+    RuntimeError where the reward itself raises.
     """
     title, reads_prompts = f"reward {name(reward)!r}", needs_prompts(reward)
 
@@ -196,10 +175,8 @@ def checked(reward: Reward) -> Callable[..., torch.Tensor]:
             values = torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values)
         fits = isinstance(values, torch.Tensor) and values.shape == (n,)
         if not fits or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(
-                f"{title} returned {_kind(values)} for {n} images: it must return one real number "
-                f"each, shape ({n},)"
-            )
+            needed = f"it must return one real number each, shape ({n},)"
+            raise ValueError(f"{title} returned {_kind(values)} for {n} images: {needed}")
         values = values.detach().to(images.device, torch.float32)
         if bad := _not_finite(values[:, None]):
             raise ValueError(f"{title} is not finite for images {bad}: {values[bad[0]]}")
@@ -209,18 +186,16 @@ def checked(reward: Reward) -> Callable[..., torch.Tensor]:
 
 
 def needs_prompts(reward: Reward) -> bool:
-    """Whether a reward is one of images and prompts, and not of images alone. ValueError where it
-    is not callable, or has neither one nor two parameters without a default."""
+    """Whether a reward is one of images and prompts, and not of images alone, by its parameters
+    without a default. ValueError where it is neither."""
     # A network's own __call__ would take anything.
     called = reward.forward if isinstance(reward, torch.nn.Module) else reward
     parameters = inspect.signature(called).parameters.values() if callable(called) else ()
     positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
     required = [p.name for p in positional if p.default is p.empty]
     if len(required) not in (1, 2):
-        raise ValueError(
-            f"{name(reward)!r} is no reward: a function of (images), or of (images, prompts), and "
-            f"not of ({', '.join(required)})"
-        )
+        needed = "a function of (images), or of (images, prompts), and not"
+        raise ValueError(f"{name(reward)!r} is no reward: {needed} of ({', '.join(required)})")
     return len(required) == 2
 
 

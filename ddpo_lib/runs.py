@@ -80,7 +80,7 @@ def save_development(home: Path, iteration: int, pictures: np.ndarray, rewards: 
 
 
 def drop_after(home: Path, iteration: int) -> None:
-    """Remove the metrics and development sets of iterations that a resumed run will make again."""
+    """Remove metrics and development sets of later iterations: a resumed run makes them again."""
     kept = [json.dumps(row) + "\n" for row in metrics(home) if row["iteration"] <= iteration]
     with replacing(home / "metrics.jsonl") as draft:
         draft.write_text("".join(kept), encoding="utf-8")
@@ -97,7 +97,7 @@ def write_json(file: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A draft's path; when its block ends without an error, the draft takes the file's place."""
+    """A draft's path; after its block, unless that raises, the draft takes the file's place."""
     draft = file.with_name(f".{os.getpid()}-{file.name}")
     try:
         yield draft
@@ -109,9 +109,7 @@ def replacing(file: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def hold(home: Path, wait: bool = True) -> Iterator[None]:
     """Own the run's folder: two processes never write to it, and a killed one frees it.
-
-    RuntimeError if another process has it and `wait` is false.
-    """
+    RuntimeError if another process has it and `wait` is false."""
     from filelock import FileLock, Timeout
 
     with _explained(home):
@@ -142,14 +140,12 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error!r}): move {home} elsewhere") from error
         if changes := differences(stored, identity):
-            raise ValueError(
-                f"{home} holds a run with other settings: {'; '.join(changes)}. Give another "
-                "folder, or return to that run's settings"
-            )
+            other = f"{home} holds a run with other settings: {'; '.join(changes)}"
+            raise ValueError(f"{other}. Give another folder, or return to that run's settings")
         done, wanted = iterations_done(home), settings.n_iterations
         if done > wanted:
-            more = f"holds {done} iterations, more than n_iterations={wanted}"
-            raise ValueError(f"{home} {more}: give another folder")
+            more = f"{home} holds {done} iterations, more than n_iterations={wanted}"
+            raise ValueError(f"{more}: give another folder")
     elif any(not entry.name.startswith(".") for entry in home.iterdir()):
         raise ValueError(f"{home} is not empty, and no run: settings.json is missing")
     with _explained(home):
@@ -163,13 +159,10 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """What makes two identities different, "name old → new" each.
-
-    A setting that `old` lacks is younger than that run, which had what is now its default.
-    """
-    defaults = {"settings": dataclasses.asdict(Finetune())}
-    after, before = _flat(new), _flat(old)
-    before = {k: v for k, v in _flat(defaults).items() if k in after} | before
+    """What makes two identities different, "name old → new" each. A setting that `old` lacks is
+    younger than that run, which had what is now its default."""
+    after, defaults = _flat(new), _flat({"settings": dataclasses.asdict(Finetune())})
+    before = {k: v for k, v in defaults.items() if k in after} | _flat(old)
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [f"{name} {before.get(name)} → {after.get(name)}" for name in names]
 
@@ -200,10 +193,9 @@ def whole(last: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # the GPU is full, the files are all right
             raise
-        raise ValueError(
-            f"the checkpoint {last} is damaged ({type(error).__name__}: {error}). To start the run "
-            f"again, move {last.parent} elsewhere"
-        ) from error
+        cause, advice = f"{type(error).__name__}: {error}", f"move {last.parent} elsewhere"
+        fault = f"the checkpoint {last} is damaged ({cause})"
+        raise ValueError(f"{fault}. To start the run again, {advice}") from error
 
 
 def _flat(content: dict, prefix: str = "") -> dict:

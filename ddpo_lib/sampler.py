@@ -18,22 +18,14 @@ from ddpo_lib.policy import Context, Policy, Transition, steps, transition
 class Trajectory:
     """N denoising chains of T steps: what the policy saw, what it did, how likely that was."""
 
-    states: torch.Tensor
-    """(T+1, N, C, H, W) float32: x_T (noise) first, x_0 (images in [-1, 1]) last."""
-    means: torch.Tensor
-    """(T, N, C, H, W) float32: of p_theta(states[k+1] | states[k]) when sampled."""
-    stds: torch.Tensor
-    """(T,) float32: sigma_t of each step; 0 where it was deterministic, which is no action."""
-    timesteps: torch.Tensor
-    """(T,) int64, descending: step k starts from states[k] at timesteps[k]."""
-    t_prev: torch.Tensor
-    """(T,) int64: where each step goes; negative for the clean image."""
-    log_probs: torch.Tensor
-    """(T, N) float64: log p_theta(states[k+1] | states[k]) when sampled; 0 where stds is."""
-    eta: float
-    """DDIM's eta, which scales sigma_t."""
-    reduction: str
-    """How `log_probs` reduces over pixels, "mean" or "sum"."""
+    states: torch.Tensor  # (T+1, N, C, H, W) float32: x_T (noise) first, x_0 (images) last
+    means: torch.Tensor  # (T, N, C, H, W) float32: of p_theta(states[k+1] | states[k])
+    stds: torch.Tensor  # (T,) float32: sigma_t; 0 where a step was deterministic, no action
+    timesteps: torch.Tensor  # (T,) int64, descending: step k starts from states[k] at timesteps[k]
+    t_prev: torch.Tensor  # (T,) int64: where each step goes; negative for the clean image
+    log_probs: torch.Tensor  # (T, N) float64: log p_theta(states[k+1] | states[k]); 0 where stds is
+    eta: float  # DDIM's eta, which scales sigma_t
+    reduction: str  # how log_probs reduces over pixels, "mean" or "sum"
     context: Context | None = None
 
     @property
@@ -49,8 +41,7 @@ def seeds(seed: int, n: int) -> list[int]:
 
 def noise(policy: Policy, seeds: Sequence[int]) -> torch.Tensor:
     """x_T ~ N(0, I), (N, C, H, W); sample i is a function of seeds[i], the same on every device."""
-    draws = [_draw(generator, policy) for generator in _generators(seeds, stream=0)]
-    return torch.stack(draws).to(policy.device)
+    return next(_draws(policy, seeds, stream=0)).to(policy.device)
 
 
 def rollout(
@@ -103,15 +94,7 @@ def roomy_device(policy: Policy, n: int, n_steps: int) -> torch.device:
 
 
 def sample(
-    policy: Policy,
-    x_T: torch.Tensor,
-    n_steps: int,
-    eta: float = 0.0,
-    seeds: Sequence[int] | None = None,
-    context: Context | None = None,
-    batch_size: int = 100,
-    progress: str | None = None,
-    skip: int = 0,
+    policy, x_T, n_steps, eta=0.0, seeds=None, context=None, batch_size=100, progress=None, skip=0
 ) -> torch.Tensor:
     """The finished samples x_0 (N, C, H, W) in [-1, 1], without keeping the way there.
 
@@ -167,25 +150,20 @@ def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip
     if not 0 <= skip < n_steps:
         raise ValueError(f"skip={skip}: of {n_steps} steps, 0 to {n_steps - 1} can be left out")
     memory.start_over(policy.unet)
-    generators = _generators(seeds, stream=1) if eta > 0 else []
-    for _ in range(skip):  # x_T has seen the noise of the steps that are left out
-        for generator in generators:
-            _draw(generator, policy)
-    x = x_T
+    draws, x = _draws(policy, seeds, stream=1), x_T
+    for _ in range(skip if eta > 0 else 0):  # x_T has seen the noise of the steps left out
+        next(draws)
     for t, t_prev in tqdm(pairs[skip:], desc=progress, disable=progress is None, leave=False):
         done = step(policy, x, t, t_prev, eta, context, batch_size)
         x = done.mean
         if done.std[0] > 0:
-            z = torch.stack([_draw(generator, policy) for generator in generators])
-            x = x + done.std.view(-1, 1, 1, 1) * z.to(x.device)
+            x = x + done.std.view(-1, 1, 1, 1) * next(draws).to(x.device)
         yield done.mean, done.std, x
 
 
-def _generators(seeds: Sequence[int], stream: int) -> list[torch.Generator]:
-    """One CPU generator a sample; the streams of one seed are independent."""
+def _draws(policy: Policy, seeds: Sequence[int], stream: int) -> Iterator[torch.Tensor]:
+    """Noise (N, C, H, W) without end, on the CPU; the streams of one seed are independent."""
     mixed = [np.random.SeedSequence([seed, stream]).generate_state(1)[0] for seed in seeds]
-    return [torch.Generator().manual_seed(int(seed)) for seed in mixed]
-
-
-def _draw(generator: torch.Generator, policy: Policy) -> torch.Tensor:
-    return torch.randn(policy.image_shape, generator=generator)
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in mixed]
+    while True:
+        yield torch.stack([torch.randn(policy.image_shape, generator=each) for each in generators])

@@ -23,13 +23,10 @@ def check(settings) -> None:
     for entry in dataclasses.fields(settings):
         value, kind = getattr(settings, entry.name), kinds[entry.name]
         fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(
-                f"{entry.name}={value!r}: must be of type {kind.__name__} "
-                "(in YAML a number such as 3e-5 needs its dot: 3.0e-5)"
-            )
         needed, choices = None, entry.metadata.get("choices")
-        if choices and value not in choices:
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            needed = f"of type {kind.__name__} (in YAML 3e-5 needs its dot: 3.0e-5)"
+        elif choices and value not in choices:
             needed = f"one of {choices}"
         elif "bounds" in entry.metadata:
             low, high, above, below = entry.metadata["bounds"]
@@ -77,7 +74,7 @@ class Finetune:
     learning_rate: float = number(9e-8, 0, 1)
     """AdamW's rate; with "warmup_cosine", where the warm-up starts."""
     lr_schedule: str = choice("constant", "warmup_cosine")
-    """"constant", or "warmup_cosine", see `learning_rate` below."""
+    """"constant", or "warmup_cosine", see the function `learning_rate`."""
     peak_learning_rate: float = number(3.7e-6, high=1, above=0)
     """Top of "warmup_cosine". Table A.2's own, 3.75e-6, is in thesis.yaml; see docs/fidelity.md."""
     warmup: float = number(0.25, 0, 1)

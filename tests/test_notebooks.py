@@ -59,15 +59,13 @@ def test_batch_makes_every_artefact_of_the_thesis():
 
 def test_committed_figures_are_what_the_committed_notebooks_draw():
     """All there, none blank, none stale."""
-    manifest = [
-        e for e in json.loads(figures.MANIFEST.read_text(encoding="utf-8")) if e["profile"] == "toy"
-    ]
+    manifest = [entry for entry in figures.manifest() if entry["profile"] == "toy"]
     declared = {name: notebook for notebook, e in batch.contents().items() for name in e.makes}
     assert {entry["name"]: entry["notebook"] for entry in manifest} == declared
-    runs = {run.name for run in profiles.load("toy").batch()}
+    made = {run.name for run in profiles.load("toy").batch()}
     for entry in manifest:
         assert entry["code"] == figures.code_hash(entry["notebook"]), entry["name"]
-        assert set(entry["source_runs"]) <= runs
+        assert set(entry["source_runs"]) <= made
         check_files(entry, paths.FIGURES)
 
 

@@ -15,6 +15,8 @@ import os
 import sys
 from dataclasses import dataclass
 
+import yaml
+
 from ddpo_lib.book import finetuning, paths, profiles
 from ddpo_lib.book.profiles import Profile, Run
 
@@ -37,39 +39,40 @@ class Notebook:
     def files(self, profile: Profile) -> list[str]:
         """What it makes: figures as PNG and PDF, tables as CSV."""
         made = [name for name in self.makes if profile.is_toy or name not in self.toy_only]
-        kinds = {True: ("csv",), False: ("png", "pdf")}
-        return [f"{name}.{kind}" for name in made for kind in kinds[name.startswith("table_")]]
+        kinds = {"table": ["csv"], "fig": ["png", "pdf"], "extra": ["png", "pdf"]}
+        return [f"{name}.{kind}" for name in made for kind in kinds[name.split("_")[0]]]
 
 
 def contents() -> dict[str, Notebook]:
     """Every notebook of the batch but 50_finetune, which runs once for each finetuning."""
-
-    def build(entries):
-        return {name: Notebook(**entry) for name, entry in entries.items()}
-
-    return profiles.read_yaml(paths.NOTEBOOKS / "contents.yaml", build)
+    text = (paths.NOTEBOOKS / "contents.yaml").read_text(encoding="utf-8")
+    return {name: Notebook(**entry) for name, entry in yaml.load(text, profiles.Loader).items()}
 
 
 def plan(profile_name: str, cores: int) -> str:
     """What is done, what is to do, and about how long it will take. Changes nothing.
 
-    Raises:
-        ValueError: something that would fail later: no such profile, an impossible setting, a
-            missing notebook, a parameter that a notebook does not have.
+    ValueError for what would fail later: no such profile, an impossible setting, a missing
+    notebook, a parameter that a notebook does not have, about which papermill only warns.
     """
     if cores < 1:
         raise ValueError(f"cores={cores}: must be at least 1")
     profile, notebooks = profiles.load(profile_name), contents()
-    check_notebooks()
-    batch = profile.batch()
-    missing = [run for run in batch if not finetuning.is_complete(run)]
+    for name in ("50_finetune", *notebooks):
+        given = FINETUNE_PARAMETERS if name == "50_finetune" else ("profile",)
+        known = sorted(parameters(name))
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"{name}: unknown parameter {unknown}; its cell has {known}")
+    batch, missing = profile.batch(), []
     lines = [f"Profile {profile.name}: {len(batch)} finetunings and {len(notebooks)} notebooks"]
     for run in batch:
         home, done = finetuning.home(run).name, finetuning.iterations_done(run)
-        n = f"{run.settings.n_iterations} iterations"
-        state = f"goes on after {done} of {n}" if done else f"to do, {n}"
+        state, n = "done", f"{run.settings.n_iterations} iterations"
+        if not finetuning.is_complete(run):
+            missing.append(run)
+            state = f"goes on after {done} of {n}" if done else f"to do, {n}"
         aside = "" if home == run.name else f", in {home}, beside another run of this name"
-        lines.append(f"  {run.name:<32} {state if run in missing else 'done'}{aside}")
+        lines.append(f"  {run.name:<32} {state}{aside}")
     last = "Every finetuning is done; notebooks run only where something has changed."
     if missing and profile.is_toy:
         minutes = seconds(profile, missing, notebooks, cores) / 60
@@ -79,18 +82,6 @@ def plan(profile_name: str, cores: int) -> str:
         last = "How long it takes depends on the GPU. In a second terminal, .venv/bin/python -m "
         last += f"ddpo_lib.book.batch plan {profile.name} shows how far each finetuning is."
     return "\n".join([*lines, last])
-
-
-def check_notebooks() -> None:
-    """Every notebook is there and has the parameters that the batch gives it, or ValueError.
-
-    Papermill only warns about a name that a notebook does not have.
-    """
-    for notebook in ("50_finetune", *contents()):
-        given = FINETUNE_PARAMETERS if notebook == "50_finetune" else ("profile",)
-        known = sorted(parameters(notebook))
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{notebook}: unknown parameter {unknown}; its cell has {known}")
 
 
 def parameters(notebook: str) -> dict[str, ast.expr]:
@@ -141,8 +132,7 @@ def report(profile_name: str) -> str:
     for title, places in made.items():
         lines.append(title)
         for place in sorted(places):
-            files = place.rglob("*") if place.is_dir() else [place]
-            size = sum(file.stat().st_size for file in files if file.is_file())
+            size = sum(f.stat().st_size for f in (place, *place.rglob("*")) if f.is_file())
             lines.append(f"  {size / 1e3:8,.0f} kB  {paths.shown(place)}")
     return "\n".join(lines)
 
@@ -158,18 +148,18 @@ def adopt(profile_name: str) -> str:
     given = parameters("50_finetune")
     own = {name: ast.literal_eval(given[name]) for name in ("policy", "task", "seed")}
     shown = finetuning.home(profiles.load(profile_name).run(**own)).name
+    copies = {"50_finetune": f"50_finetune-{shown}"} | {name: name for name in contents()}
     lines = []
-    for name in ("50_finetune", *contents()):
+    for name, copy in copies.items():
         file = paths.NOTEBOOKS / f"{name}.ipynb"
-        copy = f"{name}-{shown}" if name == "50_finetune" else name
         copy = paths.RUNS / profile_name / "notebooks" / f"{copy}.ipynb"
         notebook = nbformat.read(file, as_version=4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        executed = nbformat.read(copy, as_version=4) if copy.exists() else None
-        done = {cell.id: cell for cell in executed.cells} if executed else {}
+        ran = nbformat.read(copy, as_version=4) if copy.exists() else nbformat.v4.new_notebook()
+        done = {cell.id: cell for cell in ran.cells}
         if any(cell.id not in done or done[cell.id].source != cell.source for cell in code):
             lines.append(f"  {name}: not run since it changed, left alone")
-        elif not _is_whole(executed):
+        elif not _is_whole(ran):
             lines.append(f"  {name}: did not run to its end, left alone")
         else:
             for count, cell in enumerate(code, 1):
@@ -205,11 +195,9 @@ def main() -> None:
     parser.add_argument("profile")
     parser.add_argument("--cores", type=int, default=1)
     given = parser.parse_args()
+    more = [given.cores] if given.what == "plan" else []
     try:
-        if given.what == "plan":
-            print(plan(given.profile, given.cores))
-        else:
-            print({"report": report, "adopt": adopt}[given.what](given.profile))
+        print({"plan": plan, "report": report, "adopt": adopt}[given.what](given.profile, *more))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"Nothing was done: {error}")
 

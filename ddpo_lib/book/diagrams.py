@@ -5,13 +5,14 @@ data, blue for the policy, orange for rewards (and injected noise), green for le
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from ddpo_lib.book.shapes import (  # isort: skip
-    BLUE, FAINT, FILL, GREEN, GREY, INK, ORANGE, Shape,
-    arrow, box, canvas, check, circle, dots, picture, states_row, top, write,
+    BLUE, FAINT, FILL, GREEN, GREY, INK, ORANGE,
+    arrow, box, canvas, check, circle, dots, picture, state, write,
 )  # fmt: skip
 
 
@@ -22,16 +23,16 @@ def loop(pictures: np.ndarray | None = None, rewards: Sequence[float] | None = N
     """
     check(pictures, "(n, H, W, 3)", 3, rewards)
     fig, ax = canvas(7.4, 2.65)
+    gradient = r"$\hat{g} \approx \nabla_\theta\,\mathbb{E}[\,r(x_0)]$"
+    step = r"$\theta \leftarrow \theta + \alpha\,\hat{g}$"
     generate = box(ax, 1.1, 2.1, "generate samples\n$x_0 \\sim p_\\theta$", BLUE)
     score = box(ax, 6.3, 2.1, "reward model\n$r(x_0)$", ORANGE)
-    gradient = r"$\hat{g} \approx \nabla_\theta\,\mathbb{E}[\,r(x_0)]$"
     fit = box(ax, 6.3, 0.55, f"fit\n{gradient}", GREEN)
-    step = r"$\theta \leftarrow \theta + \alpha\,\hat{g}$"
     improve = box(ax, 1.1, 0.55, f"improve the policy\n{step}", GREEN)
     if pictures is None:
         arrow(ax, generate, score, "samples")
     else:
-        row = [picture(ax, 2.9 + 0.8 * i, 2.1, pictures[i], 0.7) for i in range(3)]
+        row = [picture(ax, 2.9 + 0.8 * i, 2.1, pictures[i]) for i in range(3)]
         arrow(ax, generate, row[0])
         arrow(ax, row[-1], score)
         for shape, reward in zip(row, [] if rewards is None else rewards, strict=False):
@@ -50,38 +51,35 @@ def reparameterisation() -> plt.Figure:
     """
     fig, ax = canvas(7.4, 4.2)
     small = {"width": 0.46, "height": 0.46, "size": 10}
-    backward = {"linestyle": "--", "bend": 0.35}
-    for left, title in ((0.45, "random node: the gradient stops"), (4.15, "noise as an input")):
-        write(ax, left + 1.4, 4.03, title)
-        phi, x = box(ax, left, 3.4, r"$\phi$", **small), box(ax, left, 2.3, "$x$", **small)
-        f = box(ax, left + 2.8, 2.85, "$f$", **small)
-        if left < 1:
-            z = circle(ax, left + 1.4, 2.85, "$z$", ORANGE)
-            write(ax, z.x + 0.5, 2.35, r"$z \sim q(z \mid \phi, x)$", 8, ORANGE)
-            for y in (3.38, 2.32):
-                ax.plot(z.x - 0.62, y, "x", color=INK, markersize=8, markeredgewidth=2)
-        else:
-            z = box(ax, left + 1.4, 2.85, "$z$", **small)
-            noise = circle(ax, z.x, 3.62, r"$\epsilon$", ORANGE, 0.2)
-            arrow(ax, noise, z)
-            write(ax, z.x + 0.62, 3.64, r"$\epsilon \sim \mathcal{N}(0, I)$", 8, ORANGE)
-            write(ax, z.x + 0.55, 2.35, r"$z = g(\phi, x, \epsilon)$", 8)
-            write(ax, z.x - 0.6, 3.52, r"$\partial f / \partial \phi$", 8, GREEN)
-            write(ax, z.x - 0.6, 2.18, r"$\partial f / \partial x$", 8, GREEN)
-        color = FAINT if left < 1 else GREEN
-        arrow(ax, z, phi, color=color, **backward)
-        arrow(ax, z, x, color=color, **backward | {"bend": -0.35})
-        arrow(ax, f, z, r"$\partial f / \partial z$", (0, 0.13), color=GREEN, **backward)
+    drawn = circle(ax, 1.85, 2.85, "$z$", ORANGE)
+    computed = box(ax, 5.55, 2.85, "$z$", **small)
+    for z, color in ((drawn, FAINT), (computed, GREEN)):
+        phi = box(ax, z.x - 1.4, 3.4, r"$\phi$", **small)
+        x = box(ax, z.x - 1.4, 2.3, "$x$", **small)
+        f = box(ax, z.x + 1.4, 2.85, "$f$", **small)
         for start, end in ((phi, z), (x, z), (z, f)):
             arrow(ax, start, end)
+        arrow(ax, z, phi, bend=0.35, color=color, linestyle="--")
+        arrow(ax, z, x, bend=-0.35, color=color, linestyle="--")
+        text = r"$\partial f / \partial z$"
+        arrow(ax, f, z, text, (0, 0.13), bend=0.35, color=GREEN, linestyle="--")
+    arrow(ax, circle(ax, computed.x, 3.62, r"$\epsilon$", ORANGE, 0.2), computed)
+    ax.plot([1.23, 1.23], [3.38, 2.32], "x", color=INK, markersize=8, markeredgewidth=2)
+    write(ax, drawn.x, 4.03, "random node: the gradient stops")
+    write(ax, computed.x, 4.03, "noise as an input")
+    write(ax, 2.35, 2.35, r"$z \sim q(z \mid \phi, x)$", 8, ORANGE)
+    write(ax, 6.17, 3.64, r"$\epsilon \sim \mathcal{N}(0, I)$", 8, ORANGE)
+    write(ax, 6.1, 2.35, r"$z = g(\phi, x, \epsilon)$", 8)
+    write(ax, 4.95, 3.52, r"$\partial f / \partial \phi$", 8, GREEN)
+    write(ax, 4.95, 2.18, r"$\partial f / \partial x$", 8, GREEN)
 
     ax.plot([0.2, 7.2], [1.87, 1.87], color=FILL[GREY], linewidth=1.5)
-    row = [circle(ax, 0.9 + 1.85 * i, 0.85, f"$x_{t}$") for i, t in ((0, "0"), (1, "1"), (3, "t"))]
-    arrow(ax, row[0], row[1])
-    dots(ax, row[1], row[2])
-    for state, text in ((row[1], r"$\epsilon_0$"), (row[2], r"$\epsilon_{t-1}$")):
-        arrow(ax, circle(ax, state.x - 0.75, 1.48, text, ORANGE, size=9), state)
-    arrow(ax, row[0], row[-1], bend=0.13, color=BLUE)
+    x_0, x_1, x_t = (state(ax, x, 0.85, f"$x_{t}$") for x, t in ((0.9, 0), (2.75, 1), (6.45, "t")))
+    for start, end, noise in ((x_0, x_1, "0"), (x_1, x_t, "{t-1}")):
+        arrow(ax, start, end)
+        arrow(ax, circle(ax, end.x - 0.75, 1.48, rf"$\epsilon_{noise}$", ORANGE, size=9), end)
+    dots(ax, x_1, x_t)
+    arrow(ax, x_0, x_t, bend=0.13, color=BLUE)
     formula = r"$x_t = \sqrt{\bar\alpha_t}\;x_0 + \sqrt{1 - \bar\alpha_t}\;\epsilon$"
     write(ax, 3.7, 0.22, f"in one step, with one noise:  {formula}", 9, BLUE)
     return fig
@@ -94,24 +92,23 @@ def ddim_chain(pictures: np.ndarray | None = None) -> plt.Figure:
     """
     check(pictures, "(4, H, W, 3)", 4)
     fig, ax = canvas(7.4, 2.15)
+    images = [None] * 4 if pictures is None else pictures
+    left = [state(ax, 0.45 + 0.88 * i, 1.0, f"$x_{3 - i}$", images[i]) for i in range(4)]
+    right = [state(ax, 4.0 + 0.97 * i, 1.0, f"$x_{3 - i}$", images[i]) for i in range(4)]
     write(ax, 1.75, 2.0, "sampling that skips steps")
-    row = states_row(ax, 0.45 + 0.88 * np.arange(4), 1.0, pictures)
-    for a, b in zip(row[:-1], row[1:], strict=True):
-        arrow(ax, a, b, color=FAINT, lw=0.8)
-    for a, b in ((0, 2), (2, 3)):
-        text = rf"$p_\theta(x_{3 - b} \mid x_{3 - a})$"
-        bend = -0.35 if b == 2 else -0.7
-        arrow(ax, top(row[a]), top(row[b]), text, bend=bend, color=BLUE)
     write(ax, 1.77, 0.25, "two calls of the network instead of three", 8, FAINT)
+    for a, b in pairwise(left):
+        arrow(ax, a, b, color=FAINT, lw=0.8)
+    for a, b, bend in ((0, 2, -0.35), (2, 3, -0.7)):
+        text = rf"$p_\theta(x_{3 - b} \mid x_{3 - a})$"
+        arrow(ax, (left[a].x, 1.31), (left[b].x, 1.31), text, bend=bend, color=BLUE)
 
     write(ax, 5.5, 2.0, "a forward process that is no chain")
-    row = states_row(ax, 4.0 + 0.97 * np.arange(4), 1.0, pictures)
-    for k in (0, 1):
-        arrow(ax, row[k], row[k + 1])
-        middle = (row[k].x + row[k + 1].x) / 2
-        write(ax, middle, 0.25, rf"$q_\sigma(x_{2 - k} \mid x_{3 - k}, x_0)$", 8)
-        arrow(ax, top(row[3]), top(row[k]), bend=0.28)
-    arrow(ax, row[3], row[2])
+    arrow(ax, right[3], right[2])
+    for i in range(2):
+        arrow(ax, right[i], right[i + 1])
+        arrow(ax, (right[3].x, 1.31), (right[i].x, 1.31), bend=0.28)
+        write(ax, right[i].x + 0.485, 0.25, rf"$q_\sigma(x_{2 - i} \mid x_{3 - i}, x_0)$", 8)
     return fig
 
 
@@ -124,21 +121,19 @@ def mdp() -> plt.Figure:
     arrow(ax, world, agent, "state\n$s_{t+1}$", (-0.3, 0), bend=-0.85)
     arrow(ax, world, agent, "reward\n$r_t$", (0.3, 0), color=ORANGE)
 
-    labels = ("0", "1", "{T-1}", "T")
-    row = [circle(ax, 3.55 + 1.15 * i, 0.65, f"$s_{k}$") for i, k in enumerate(labels)]
+    names = ("0", "1", "{T-1}", "T")
+    row = [circle(ax, 3.55 + 1.15 * i, 0.65, f"$s_{name}$") for i, name in enumerate(names)]
     arrow(ax, box(ax, 2.8, 0.65, r"$\rho_0$", width=0.42, height=0.42), row[0])
-    for state, after, k in zip(row[:-1], row[1:], labels[:-1], strict=True):
-        action = circle(ax, state.x + 0.3, 1.5, f"$a_{k}$", BLUE)
-        reward = circle(ax, state.x + 0.3, 2.3, f"$r_{k}$", ORANGE)
-        arrow(ax, state, action, r"$\pi_\theta$", (0.19, -0.06), color=BLUE)
-        if k == "1":
-            dots(ax, state, after)
-            arrow(ax, action, Shape(None, (state.x + after.x) / 2, state.y + 0.1))
-        else:
-            arrow(ax, action, after)
-            arrow(ax, state, after, "$P$", (0, -0.13))
+    for name, (now, after) in zip(names[:-1], pairwise(row), strict=True):
+        action = circle(ax, now.x + 0.3, 1.5, f"$a_{name}$", BLUE)
+        reward = circle(ax, now.x + 0.3, 2.3, f"$r_{name}$", ORANGE)
+        skips = name == "1"
+        arrow(ax, now, after, "" if skips else "$P$", (0, -0.13))
+        arrow(ax, action, (now.x + 0.575, now.y + 0.16) if skips else after)
+        arrow(ax, now, action, r"$\pi_\theta$", (0.19, -0.06), color=BLUE)
         arrow(ax, action, reward, color=ORANGE)
-        arrow(ax, state, reward, bend=-0.32, color=ORANGE)
+        arrow(ax, now, reward, bend=-0.32, color=ORANGE)
+    dots(ax, row[1], row[2])
     write(ax, row[-1].x, 0.22, "end", 8, FAINT)
     return fig
 
@@ -156,16 +151,16 @@ def denoising_mdp(states: np.ndarray) -> plt.Figure:
     s, x = ("0", "1", "t", "t+1", "T"), ("T", "T-1", "T-t", "T-t-1", "0")
     fig, ax = canvas(7.4, 2.6)
     row = [picture(ax, 0.75 + 1.475 * i, 1.27, image, 0.9) for i, image in enumerate(shown)]
-    for i, state in enumerate(row):
-        write(ax, state.x, 1.87, f"$s_{{{s[i]}}} = x_{{{x[i]}}}$", 10)
+    for i, now in enumerate(row):
+        write(ax, now.x, 1.87, f"$s_{{{s[i]}}} = x_{{{x[i]}}}$", 10)
         text, width = ("$0$", 0.4) if i < 4 else ("$r(x_0)$", 0.7)
-        arrow(ax, state, box(ax, state.x, 0.32, text, ORANGE, width, 0.36), color=ORANGE)
+        arrow(ax, now, box(ax, now.x, 0.32, text, ORANGE, width, 0.36), color=ORANGE)
     for i in (0, 2):
         arrow(ax, row[i], row[i + 1], color=BLUE)
-        x_middle = (row[i].x + row[i + 1].x) / 2
-        write(ax, x_middle, 2.42, f"$a_{{{s[i]}}} = x_{{{x[i + 1]}}}$", 9, BLUE)
-        write(ax, x_middle, 2.18, rf"$\sim p_\theta(\,\cdot \mid x_{{{x[i]}}})$", 9, BLUE)
-        dots(ax, row[i + 1], row[i + 2], arrows=False)
+        dots(ax, row[i + 1], row[i + 2])
+        sampled = rf"$\sim p_\theta(\,\cdot \mid x_{{{x[i]}}})$"
+        action = f"$a_{{{s[i]}}} = x_{{{x[i + 1]}}}$\n{sampled}"
+        write(ax, row[i].x + 0.74, 2.3, action, 9, BLUE)
     return fig
 
 
@@ -177,8 +172,7 @@ def reward_finetuning(
     Of the first three trajectories of `states`, uint8 (K, N, H, W, 3), noise first, the first state
     is shown, one at two thirds, and the last; with their rewards, of (N,).
     """
-    if states is not None:
-        check(states[0], "(N, H, W, 3) at each of K steps", 3, rewards)
+    check(None if states is None else states[0], "(N, H, W, 3) at each of K steps", 3, rewards)
     fig, ax = canvas(7.4, 3.75)
     for x, width, title in ((2.43, 4.66, "1  collect"), (6.15, 2.3, "2  update")):
         box(ax, x, 2.05, "", GREY, width, 3.25, ec="none", fc="#f6f7f9", zorder=0)
@@ -186,26 +180,25 @@ def reward_finetuning(
     policy = box(ax, 0.75, 2.1, "policy\n$p_\\theta(x_{t-1} \\mid x_t)$", BLUE, 1.1)
     for n in range(3):
         y = 3.0 - 0.9 * n
-        chosen = None if states is None else states[[0, 2 * len(states) // 3, -1], n]
-        row = states_row(ax, 1.86 + 0.86 * np.arange(3), y, chosen, "Tt0")
-        text = f"$r_{n + 1}$" if rewards is None else f"${rewards[n]:.2f}$"
-        reward = box(ax, 4.38, y, text, ORANGE, 0.56, 0.36)
-        for a, b in zip([policy, *row[:-1]], row, strict=True):
+        images = [None] * 3 if states is None else states[[0, 2 * len(states) // 3, -1], n]
+        row = [state(ax, 1.86 + 0.86 * i, y, f"$x_{'Tt0'[i]}$", images[i]) for i in range(3)]
+        for a, b in pairwise([policy, *row]):
             arrow(ax, a, b, color=BLUE)
-        arrow(ax, row[-1], reward, color=ORANGE)
+        text = f"$r_{n + 1}$" if rewards is None else f"${rewards[n]:.2f}$"
+        arrow(ax, row[-1], box(ax, 4.38, y, text, ORANGE, 0.56, 0.36), color=ORANGE)
     write(ax, 2.8, 0.55, r"trajectories $\mathcal{D}^{\pi_\theta}$ with their rewards", 8, FAINT)
 
+    formula = r"$\theta \leftarrow \theta + \alpha\,\hat{\nabla}_\theta\mathcal{J}$"
     advantage = box(ax, 6.15, 3.0, r"advantages $\hat{A}$", ORANGE, 1.8, 0.4)
     once = box(ax, 5.6, 2.1, "DDPO$_\\mathrm{SF}$\none update", GREEN, 0.98, 0.56, 8)
     often = box(ax, 6.7, 2.1, "DDPO$_\\mathrm{IS}$\nseveral, with $\\rho$", GREEN, 0.98, 0.56, 8)
-    step = r"$\theta \leftarrow \theta + \alpha\,\hat{\nabla}_\theta\mathcal{J}$"
-    step = box(ax, 6.15, 1.1, step, GREEN, 1.4, 0.45)
-    arrow(ax, Shape(None, 4.66, 3.0), advantage, color=ORANGE)
+    step = box(ax, 6.15, 1.1, formula, GREEN, 1.4, 0.45)
+    arrow(ax, (4.66, 3.0), advantage, color=ORANGE)
     for loss in (once, often):
         arrow(ax, advantage, loss, color=GREEN)
         arrow(ax, loss, step, color=GREEN)
     arrow(ax, step, often, bend=0.8, color=GREEN, linestyle="--")
     ax.plot([step.x, step.x, policy.x], [0.85, 0.17, 0.17], color=GREEN, lw=1.2)
-    arrow(ax, Shape(None, policy.x, 0.17), policy, color=GREEN, shrinkA=0)
+    arrow(ax, (policy.x, 0.17), policy, color=GREEN, shrinkA=0)
     write(ax, 3.7, 0.3, "new weights, and fresh trajectories for them", 8, GREEN)
     return fig

@@ -1,9 +1,11 @@
 """One style, and one way to the disk: every figure is saved with its provenance."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,22 +51,18 @@ def save(fig: plt.Figure, name: str, page: Page, source_runs: list[str] = ()) ->
     The name is a public one, see `identifier`; the page is what `notebook.begin` gave; source_runs
     are the names of the runs whose data the figure shows. Returns the PNG's path.
     """
-    png, pdf = _file(name, "png", page), _file(name, "pdf", page)
-    with runs.replacing(png) as draft_png, runs.replacing(pdf) as draft_pdf:
-        # Without a date the same figure is the same file.
-        fig.savefig(draft_png, metadata={"Software": None})
-        fig.savefig(draft_pdf, metadata={"CreationDate": None})
-    _record(name, [png, pdf], page, source_runs)
-    return png
+    # Without a date the same figure is the same file.
+    writers = {
+        "png": lambda file: fig.savefig(file, metadata={"Software": None}),
+        "pdf": lambda file: fig.savefig(file, metadata={"CreationDate": None}),
+    }
+    return _save(name, writers, page, source_runs)
 
 
 def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Path:
     """Save a DataFrame as <name>.csv under figures/<profile>/ and enter it in the manifest."""
-    file = _file(name, "csv", page)
-    with runs.replacing(file) as draft:
-        table.to_csv(draft, index=False, encoding="utf-8")
-    _record(name, [file], page, source_runs)
-    return file
+    writers = {"csv": lambda file: table.to_csv(file, index=False, encoding="utf-8")}
+    return _save(name, writers, page, source_runs)
 
 
 def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int) -> None:
@@ -82,10 +80,10 @@ def interpolation(picture: np.ndarray) -> str:
 def tile(pictures: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     """uint8 pictures (N, H, W, C) → one, `columns` in a row, with `gap` white pixels between."""
     n, height, width, channels = pictures.shape
-    shape = (-(-n // columns), columns, height + gap, width + gap, channels)
-    tiles = np.full(shape, 255, np.uint8)
-    tiles.reshape(-1, *shape[2:])[:n, :height, :width] = pictures
-    canvas = tiles.swapaxes(1, 2).reshape(shape[0] * shape[2], columns * shape[3], channels)
+    rows = -(-n // columns)
+    missing = ((0, rows * columns - n), (0, gap), (0, gap), (0, 0))
+    tiles = np.pad(pictures, missing, constant_values=255).reshape(rows, columns, height + gap, -1)
+    canvas = tiles.swapaxes(1, 2).reshape(rows * (height + gap), -1, channels)
     return canvas[: len(canvas) - gap, : canvas.shape[1] - gap]
 
 
@@ -93,17 +91,12 @@ def identifier(name: str) -> str:
     """The artefact's number in the thesis: "fig_5_3_learning_curves" → "5.3", "table_5_1" →
     "table 5.1", "fig_b_1_…" → "B.1". What the thesis does not have is named after its notebook:
     "extra_54_factor_shifts" → "extra 54". ValueError for other names."""
-    numbered, slug = r"(fig|table)_(\d+|[a-d])_(\d+)(?:_[a-z0-9_]+)?", "[a-z0-9_]+"
-    match = re.fullmatch(f"{numbered}|(extra)_([0-9][0-9])_{slug}", name, re.ASCII)
-    if match is None:
-        raise ValueError(
-            f"{name!r} is no artefact's name: use fig_<chapter>_<number>_<slug>, "
-            "table_<chapter>_<number> or extra_<notebook>_<slug>"
-        )
-    kind, chapter, number, extra, notebook = match.groups()
-    if extra:
-        return f"extra {notebook}"
-    return f"{'table ' if kind == 'table' else ''}{chapter.upper()}.{number}"
+    if match := re.fullmatch(r"extra_([0-9][0-9])_[a-z0-9_]+", name):
+        return f"extra {match[1]}"
+    if match := re.fullmatch(r"(fig|table)_([0-9]+|[a-d])_([0-9]+)(_[a-z0-9_]+)?", name):
+        return f"{'table ' if match[1] == 'table' else ''}{match[2].upper()}.{match[3]}"
+    forms = "fig_<chapter>_<number>_<slug>, table_<chapter>_<number> or extra_<notebook>_<slug>"
+    raise ValueError(f"{name!r} is no artefact's name: use {forms}")
 
 
 def code_hash(notebook: str) -> str:
@@ -121,21 +114,20 @@ def manifest() -> list[dict]:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         return [e for e in entries if all((paths.FIGURES / name).exists() for name in e["files"])]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error!r}): take it from git, or delete it"
-        ) from error
+        advice = "take it from git, or delete it"
+        raise ValueError(f"{file} is damaged ({error!r}): {advice}") from error
 
 
-def _file(name: str, kind: str, page: Page) -> Path:
-    identifier(name)  # refuses what is no name before anything is written
-    (paths.FIGURES / page.profile).mkdir(parents=True, exist_ok=True)
-    return paths.FIGURES / page.profile / f"{name}.{kind}"
-
-
-def _record(name: str, files: list[Path], page: Page, source_runs) -> None:
-    """Replace the artefact's entry in the manifest; notebooks may run side by side."""
+def _save(name: str, writers: dict[str, Callable], page: Page, source_runs) -> Path:
+    """Write the artefact's files, all or none, and replace its entry in the manifest."""
+    number, folder = identifier(name), paths.FIGURES / page.profile
+    files = [folder / f"{name}.{kind}" for kind in writers]
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as drafts:
+        for file, write in zip(files, writers.values(), strict=True):
+            write(drafts.enter_context(runs.replacing(file)))
     entry = {
-        "id": identifier(name),
+        "id": number,
         "name": name,
         "files": [file.relative_to(paths.FIGURES).as_posix() for file in files],
         "notebook": page.notebook,
@@ -148,7 +140,8 @@ def _record(name: str, files: list[Path], page: Page, source_runs) -> None:
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
     }
     paths.RUNS.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.RUNS.parent / "manifest.lock"):
+    with FileLock(paths.RUNS.parent / "manifest.lock"):  # notebooks may run side by side
         others = [e for e in manifest() if (e["name"], e["profile"]) != (name, page.profile)]
         ordered = sorted([*others, entry], key=lambda e: (e["profile"], e["name"]))
         runs.write_json(paths.FIGURES / "manifest.json", ordered)
+    return files[0]

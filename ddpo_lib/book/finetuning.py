@@ -30,9 +30,8 @@ DECISIVE = (".safetensors", ".bin", ".pth", ".json", ".txt")
 def home(run: Run) -> Path:
     """Where the run lives: data/runs/<profile>/<run.name>, or the same with -2, -3, … at its end.
 
-    It is the first of these that is free or holds this very run. So runs of one name under other
-    settings, rewards or weights live beside each other, and each finds its folder again; a longer
-    run goes on in the folder of a shorter one. Nothing is changed by asking.
+    It is the first of these that is free or holds this very run, or a shorter one to go on from. So
+    runs of one name under other settings live beside each other. Nothing is changed by asking.
     """
     for n in itertools.count(1):
         folder = paths.RUNS / run.profile / (run.name if n == 1 else f"{run.name}-{n}")
@@ -75,13 +74,8 @@ def load_reward(run: Run) -> rewards.Reward:
 
 
 def finetune(run: Run, on_iteration: Callable | None = None) -> Path:
-    """Finetune, or go on with, or return, the run: `ddpo_lib.finetune.finetune` in its `home`.
-
-    Nothing is written before everything is loaded and checked. A model card is added at the end.
-
-    Returns:
-        The run's folder.
-    """
+    """Finetune, or go on with, or return, the run: `ddpo_lib.finetune.finetune` in its `home`, and
+    a model card. Nothing is written before everything is loaded and checked. Returns the home."""
     unfinished = iterations_done(run) < run.settings.n_iterations
     if unfinished:
         base, reward = load_policy(run), load_reward(run)
@@ -172,8 +166,8 @@ def _claim(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _claimed(run: Run) -> Iterator[None]:
-    """Keep other runs out of the run's folder. Its record first lies beside it, for the library
-    makes the folder itself, when it has checked everything."""
+    """Keep other runs out of the run's folder. Until the library has checked everything, and made
+    the folder, the record lies beside it."""
     record, place = _recorded(home(run)) or _record(run), paths.RUNS / run.profile
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -182,10 +176,8 @@ def _claimed(run: Run) -> Iterator[None]:
             if _recorded(folder) is None:
                 runs.write_json(_claim(folder), record)
     except OSError as error:
-        raise OSError(
-            f"cannot write runs to {place}: {error}. Make it writable, free some space, or set "
-            "DDPO_ROOT to a folder that is"
-        ) from error
+        advice = "Make it writable, free some space, or set DDPO_ROOT to another folder"
+        raise OSError(f"cannot write runs to {place}: {error}. {advice}") from error
     try:
         yield
     finally:
@@ -197,9 +189,8 @@ def _claimed(run: Run) -> Iterator[None]:
 def main() -> None:
     from ddpo_lib.book import results
 
-    parser = argparse.ArgumentParser(
-        description="Finetune and evaluate, in as many processes as `accelerate launch` starts."
-    )
+    description = "Finetune and evaluate, in as many processes as `accelerate launch` starts."
+    parser = argparse.ArgumentParser(description=description)
     for name in ("profile", "policy", "task", "--reward"):
         parser.add_argument(name)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,10 +23,7 @@ def begin(notebook: str) -> Page:
     """Check the notebook's parameters and print versions and device.
 
     The parameters cell, and the one that papermill injects after it, start with "# Parameters".
-
-    Raises:
-        ValueError: a parameter was injected that the notebook does not have, about which papermill
-            only warns; the parameters cell has not run; or there is no such profile.
+    ValueError for a parameter that the notebook does not have, about which papermill only warns.
     """
     space = get_ipython().user_ns
     cells = [cell for cell in space["In"] if cell.lstrip().startswith("# Parameters")]

@@ -19,19 +19,14 @@ if not (CONFIG.is_dir() and NOTEBOOKS.is_dir()):
 
 def __getattr__(name: str):
     if name.isupper() and "ROOT" not in globals():
-        raise RuntimeError(
-            "ddpo_lib.book needs a checkout of the project, with its config/ and notebooks/: clone "
-            "it and install that, pip install -e <folder>. The rest of ddpo_lib does without"
-        )
+        advice = "clone it and pip install -e <folder>. The rest of ddpo_lib does without"
+        raise RuntimeError(f"ddpo_lib.book needs a checkout of the project: {advice}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def resolve(source: str) -> str:
-    """A model's source as loaders want it: a path becomes absolute, a Hub id stays as it is.
-
-    Paths are relative to data/, so "toy/faces" is the folder there. What does not exist counts as a
-    path if it looks like one, with a ".", "/" or "~" at its start.
-    """
+    """A model's source as loaders want it: a path, relative to data/, becomes absolute, a Hub id
+    stays. What does not exist counts as a path if it starts with a ".", "/" or "~"."""
     path = globals().get("DATA") or __getattr__("DATA")
     path /= os.path.expanduser(source)
     return str(path) if source.startswith((".", "/", "~")) or path.exists() else source

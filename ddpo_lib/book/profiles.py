@@ -1,7 +1,6 @@
 """Profiles: the worlds in config/*.yaml, and the finetunings that they describe."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from ddpo_lib import objectives, rewards
 from ddpo_lib.book import paths
 from ddpo_lib.settings import Finetune, check, choice, number
 
-MODELS, NAMED = ("clip", "aesthetic", "age"), ("policy", "task")
+MODELS = ("clip", "aesthetic", "age")
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,11 @@ class Profile:
     def run(
         self, policy: str, task: str, reward: str | Callable | None = None, seed: int = 0, **changes
     ) -> Run:
-        """One finetuning.
+        """One finetuning, or a ValueError that says what is allowed.
 
-        Args:
-            policy, task: names in the profile; with a `reward`, any name for a task of your own.
-            reward: as in `Run`, instead of the task's.
-            changes: fields of `Finetune` and of the objective's `Settings`, `objective`,
-                `jpeg_encoding`; None leaves the profile's value.
-
-        Raises:
-            ValueError: an unknown policy, task or setting; the message names what is allowed.
+        Policy and task are names in the profile; with a `reward`, as in `Run`, the task may be one
+        of your own. Changes are fields of `Finetune` and of the objective's `Settings`, `objective`
+        and `jpeg_encoding`; None leaves the profile's value.
         """
         _check_names([policy, task])
         if policy not in self.policies:
@@ -130,26 +124,18 @@ class Profile:
 
 
 def load(name: str) -> Profile:
-    """Read and check config/<name>.yaml.
-
-    Raises:
-        ValueError: no such profile, or something in it is not as it must be; names file and key.
-    """
+    """Read and check config/<name>.yaml; ValueErrors name the file and the key."""
     known = sorted(file.stem for file in paths.CONFIG.glob("*.yaml"))
     if name not in known:
         raise ValueError(f"unknown profile {name!r}: {paths.CONFIG} has {known}")
-    return read_yaml(paths.CONFIG / f"{name}.yaml", functools.partial(_profile, name))
-
-
-def read_yaml(file: Path, build: Callable[[dict], object]):
-    """build(the file's mapping, {} of an empty one); every ValueError has the file's name."""
+    file = paths.CONFIG / f"{name}.yaml"
     try:
-        return build(_mapping(yaml.load(file.read_text(encoding="utf-8"), _Loader), "the file"))
+        return _profile(name, yaml.load(file.read_text(encoding="utf-8"), Loader))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file.name}: {error}") from None
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which YAML silently takes the last."""
 
     def construct_mapping(self, node, deep=False):
@@ -159,30 +145,30 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _profile(name: str, content: dict) -> Profile:
-    sections = ("policies", "models", "evaluation", "finetune", "tasks", "finetuned")
-    _mapping(content, "the file", (*sections, "runs"), ("policies", "models", "tasks"))
-    part = {key: _mapping(content.get(key), key) for key in sections}
-    _check_names([name])
-    _check_names(part["policies"], letters="._")  # a "-" ends the policy in a run's name
-    models = _mapping(part["models"], "models", MODELS, MODELS)
-    evaluation = _mapping(part["evaluation"], "evaluation", _fields(Evaluation))
-    finetuned = {key: _mapping(tasks, key) for key, tasks in part["finetuned"].items()}
-    runs = content.get("runs") or []
+def _profile(name: str, content) -> Profile:
+    parts, needed = _fields(Profile)[1:], ("policies", "models", "tasks")
+    content = dict.fromkeys(parts) | _mapping(content, "the file", parts, needed)
+    runs, named = content["runs"] or [], ("policy", "task")
     if not isinstance(runs, list):
         raise ValueError(f"runs: must be a list, not {runs!r}")
-    part |= {
-        "policies": _sources(part["policies"], "policies"),
-        "models": _sources(models, "models"),
-        "evaluation": Evaluation(**evaluation),
-        "runs": [_mapping(run, "runs", (*NAMED, "seed"), NAMED) for run in runs],
-        "finetuned": {key: _sources(tasks, key) for key, tasks in finetuned.items()},
-    }  # fmt: skip
-    profile = Profile(name, **part)
-    every = dict.fromkeys(profile.policies, profile.tasks)
-    for policy, tasks in [*every.items(), *finetuned.items()]:
-        for task in tasks:
-            profile.run(policy, task)
+    _check_names([name])
+    _check_names(_mapping(content["policies"], "policies"), letters="._")  # see `Run.name`
+    evaluation = _mapping(content["evaluation"], "evaluation", _fields(Evaluation))
+    finetuned = _mapping(content["finetuned"], "finetuned")
+    profile = Profile(
+        name,
+        policies=_sources(content["policies"], "policies"),
+        models=_sources(content["models"], "models", MODELS, MODELS),
+        evaluation=Evaluation(**evaluation),
+        tasks=_mapping(content["tasks"], "tasks"),
+        finetune=_mapping(content["finetune"], "finetune"),
+        runs=[_mapping(run, "runs", (*named, "seed"), named) for run in runs],
+        finetuned={policy: _sources(tasks, policy) for policy, tasks in finetuned.items()},
+    )
+    pairs = [(policy, task) for policy in profile.policies for task in profile.tasks]
+    pairs += [(policy, task) for policy, tasks in profile.finetuned.items() for task in tasks]
+    for policy, task in pairs:  # raises where one is impossible
+        profile.run(policy, task)
     names = [run.name for run in profile.batch()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"runs: {twice} stand twice")
@@ -230,7 +216,8 @@ def _mapping(value, where: str, known=None, needed=()) -> dict:
     return dict(value)
 
 
-def _sources(values: dict, where: str) -> dict[str, str]:
+def _sources(value, where: str, known=None, needed=()) -> dict[str, str]:
+    values = _mapping(value, where, known, needed)
     if wrong := [key for key, each in values.items() if not (isinstance(each, str) and each)]:
         raise ValueError(f"{where}: {wrong} must be folders or ids, not {values[wrong[0]]!r}")
     return {name: paths.resolve(source) for name, source in values.items()}

@@ -19,10 +19,8 @@ COLUMNS = [
 
 
 def pretrained_pictures(profile: Profile, policy_name: str, bf16: bool | None = None) -> np.ndarray:
-    """The evaluation set of a pretrained policy of the profile: uint8 (n, H, W, C).
-
-    bf16 is that of `policy.load`; by default the profile's, give that of a run which differs.
-    """
+    """The evaluation set of a pretrained policy of the profile, uint8 (n, H, W, C); bf16 as in
+    `policy.load`, by default the profile's."""
     bf16 = profile.finetune.get("bf16", True) if bf16 is None else bf16
     folder = paths.RUNS / profile.name / f"{policy_name}-pretrained"
     cache = folder / ("evaluation.npz" if bf16 else "evaluation-float32.npz")
@@ -30,10 +28,8 @@ def pretrained_pictures(profile: Profile, policy_name: str, bf16: bool | None = 
 
 
 def finetuned_pictures(profile: Profile, run: Run) -> np.ndarray:
-    """The evaluation set of a run's best checkpoint: uint8 (n, H, W, C).
-
-    Of a run that was never begun it is the published policy's, if the profile names one.
-    """
+    """The evaluation set of a run's best checkpoint, uint8 (n, H, W, C); of a run that was never
+    begun the published policy's, if the profile names one."""
     home, published = finetuning.home(run), profile.published(run)
     source, base = str(home / "best"), None
     if published and not finetuning.begun(run):
@@ -87,11 +83,9 @@ def finish(profile: Profile, run: Run) -> dict:
 
 
 def table_5_1(profile: Profile, table_runs: list[Run]):
-    """A DataFrame of `COLUMNS`: mean and standard error before and after, from the same noise.
-
-    JPEG tasks are given in kB. The effect size is the change of the mean reward in units of the
-    pretrained policy's standard deviation, positive in the intended direction.
-    """
+    """A DataFrame of `COLUMNS`: mean and standard error before and after, from the same noise; of
+    JPEG tasks in kB. The effect size is the change of the mean reward in standard deviations of the
+    pretrained policy's, positive in the intended direction."""
     import pandas as pd
 
     rows = []

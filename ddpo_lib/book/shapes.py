@@ -1,6 +1,6 @@
 """What the diagrams are drawn with: boxes, nodes, pictures and arrows on a canvas in inches."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,14 +14,12 @@ GREY, BLUE, ORANGE, GREEN = "#5e6472", "#0077bb", "#d95f02", "#117733"
 FILL = {GREY: "#eef0f2", BLUE: "#ddecf6", ORANGE: "#fdeadb", GREEN: "#e0f0e4"}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Something that arrows start from and end at: at the edge of its patch, or, if that is None,
-    at its centre (x, y), in inches from the lower left."""
+class Shape(NamedTuple):
+    """What arrows join: a centre, in inches from the lower left, and the patch that they touch."""
 
-    patch: Patch | None
     x: float
     y: float
+    patch: Patch | None = None
 
 
 def canvas(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
@@ -43,17 +41,15 @@ def write(ax, x: float, y: float, text: str, size: float = 9, color: str = INK, 
 def box(ax, x, y, text="", color=GREY, width=1.7, height=0.66, size=9, **look) -> Shape:
     """A rounded rectangle around (x, y): something that acts, or a computed value."""
     look = {"fc": FILL[color], "ec": color, "lw": 1.2} | look
-    corner, rounded = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.08"
-    patch = ax.add_patch(FancyBboxPatch(corner, width, height, rounded, **look))
+    corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.08"
     write(ax, x, y, text, size)
-    return Shape(patch, x, y)
+    return Shape(x, y, ax.add_patch(FancyBboxPatch(corner, width, height, style, **look)))
 
 
 def circle(ax, x, y, text="", color=GREY, radius=0.24, size=10) -> Shape:
     """A round node: a random variable."""
-    patch = ax.add_patch(Circle((x, y), radius, fc=FILL[color], ec=color, lw=1.2))
     write(ax, x, y, text, size)
-    return Shape(patch, x, y)
+    return Shape(x, y, ax.add_patch(Circle((x, y), radius, fc=FILL[color], ec=color, lw=1.2)))
 
 
 def picture(ax, x, y, image: np.ndarray, size: float = 0.7) -> Shape:
@@ -61,21 +57,36 @@ def picture(ax, x, y, image: np.ndarray, size: float = 0.7) -> Shape:
     left, bottom = x - size / 2, y - size / 2
     extent = (left, left + size, bottom, bottom + size)
     ax.imshow(image, extent=extent, interpolation=interpolation(image), aspect="auto")
-    patch = Rectangle((left, bottom), size, size, fill=False, ec=GREY, lw=1.2)
-    return Shape(ax.add_patch(patch), x, y)
+    frame = Rectangle((left, bottom), size, size, fill=False, ec=GREY, lw=1.2)
+    return Shape(x, y, ax.add_patch(frame))
 
 
-def arrow(ax, a: Shape, b: Shape, text="", at=(0, 0.14), bend=0.0, color=INK, **look) -> None:
-    """An arrow from `a` to `b`, with a text `at` inches (right, up) from its middle.
+def state(ax, x, y, label: str, image: np.ndarray | None = None) -> Shape:
+    """A state: a small picture with its name below or, without a picture, a round node."""
+    if image is None:
+        return circle(ax, x, y, label)
+    write(ax, x, y - 0.43, label)
+    return picture(ax, x, y, image, 0.62)
+
+
+def arrow(ax, a, b, text="", at=(0, 0.14), bend=0.0, color=INK, **look) -> None:
+    """An arrow between shapes or points, with a text `at` inches (right, up) from its middle.
 
     It is an arc whose control point is `bend` of its length off the straight line, to its right.
     """
+    a, b = Shape(*a), Shape(*b)
     look = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "shrinkA": 2, "shrinkB": 2} | look
-    ends = {"posA": (a.x, a.y), "posB": (b.x, b.y), "patchA": a.patch, "patchB": b.patch}
+    ends = {"posA": a[:2], "posB": b[:2], "patchA": a.patch, "patchB": b.patch}
     ax.add_patch(FancyArrowPatch(**ends, connectionstyle=f"arc3,rad={bend}", color=color, **look))
     x = (a.x + b.x + bend * (b.y - a.y)) / 2 + at[0]
     y = (a.y + b.y - bend * (b.x - a.x)) / 2 + at[1]
     write(ax, x, y, text, 8, color)
+
+
+def dots(ax, a: Shape, b: Shape) -> None:
+    """Three dots half-way from `a` to `b`, for the steps between; they cover what is below."""
+    gap = {"fc": "white", "ec": "none", "pad": 2}
+    write(ax, (a.x + b.x) / 2, a.y, r"$\cdots$", 14, FAINT, bbox=gap)
 
 
 def check(pictures, shape: str, n: int, rewards=None) -> None:
@@ -88,27 +99,3 @@ def check(pictures, shape: str, n: int, rewards=None) -> None:
         raise ValueError(f"{len(pictures)} pictures: this diagram shows at least {n}")
     if rewards is not None and len(rewards) != len(pictures):
         raise ValueError(f"{len(rewards)} rewards for {len(pictures)} pictures: give each one")
-
-
-def states_row(ax, xs, y, pictures, labels="3210") -> list[Shape]:
-    """x_t in a row, as pictures with their names below or, without pictures, as round nodes."""
-    if pictures is None:
-        return [circle(ax, x, y, f"$x_{t}$") for x, t in zip(xs, labels, strict=True)]
-    for x, t in zip(xs, labels, strict=True):
-        write(ax, x, y - 0.43, f"$x_{t}$")
-    return [picture(ax, x, y, image, 0.62) for x, image in zip(xs, pictures, strict=False)]
-
-
-def top(shape: Shape) -> Shape:
-    """The middle of its upper edge, for arrows that pass over what is between."""
-    edge = shape.patch.get_path().get_extents(shape.patch.get_patch_transform())
-    return Shape(None, shape.x, edge.y1)
-
-
-def dots(ax, a: Shape, b: Shape, arrows: bool = True) -> None:
-    """Three dots half-way from `a` to `b`, for the steps between."""
-    x = (a.x + b.x) / 2
-    write(ax, x, a.y, r"$\cdots$", 14, FAINT)
-    if arrows:
-        arrow(ax, a, Shape(None, x - 0.16, a.y))
-        arrow(ax, Shape(None, x + 0.16, a.y), b)

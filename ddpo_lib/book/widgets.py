@@ -9,27 +9,25 @@ import numpy as np
 from IPython import get_ipython
 from IPython.display import display
 from PIL import Image
-from traitlets import link
 
 WIDTH = 800
 """Frames are enlarged to about this many screen pixels."""
 
 
 def slide(frames: dict[str, np.ndarray], label: str) -> None:
-    """Show a slider, of what the label says, that leafs through pictures which are drawn already.
+    """Show a slider that leafs through frames, what it says → a picture, uint8 (H, W, 3).
 
-    Frames are what the slider says, to its picture, uint8 (H, W, 3). Saved by papermill or nbval it
-    would be a dead widget, so without a hand that can reach it a line of text stands for it.
+    Saved by papermill it would be a dead widget: there a line of text stands for it.
     """
     if not is_live():
-        ends = " to ".join([next(iter(frames)), next(reversed(frames))])
-        print(f"[In JupyterLab a slider for {label} is here, from {ends}.]")
+        names = list(frames)
+        print(f"[In JupyterLab a slider for {label} is here, from {names[0]} to {names[-1]}.]")
         return
     options = [(name, _png(picture)) for name, picture in frames.items()]
-    layout = {"width": f"{WIDTH}px"}
-    slider = ipywidgets.SelectionSlider(options=options, description=label, layout=layout)
+    look = {"description": label, "layout": {"width": f"{WIDTH}px"}}
+    slider = ipywidgets.SelectionSlider(options=options, **look)
     picture = ipywidgets.Image(value=slider.value, format="png")
-    link((slider, "value"), (picture, "value"))
+    ipywidgets.link((slider, "value"), (picture, "value"))
     display(ipywidgets.VBox([slider, picture]))
 
 

@@ -19,7 +19,7 @@ gradient are learned with the policy's, and are in every checkpoint. `units` tak
 from its generator alone. The loop steps on the mean over units.
 """
 
-import importlib
+import importlib.util
 from types import ModuleType
 
 FUNCTIONS = ("Settings", "helpers", "credit", "units", "loss")
@@ -29,17 +29,14 @@ def load(objective: str | ModuleType) -> ModuleType:
     """The module of an objective: one of this folder's by its name, "ddpo"; your own by its dotted
     name, "package.module"; or the module itself."""
     if isinstance(objective, str):
-        name = objective if "." in objective else f"{__name__}.{objective}"
+        ours = "." not in objective and importlib.util.find_spec(f"{__name__}.{objective}")
         try:
-            objective = importlib.import_module(name)
+            objective = importlib.import_module(ours.name if ours else objective)
         except ImportError as error:
-            try:
-                objective = importlib.import_module(objective)
-            except ImportError:
-                raise ValueError(
-                    f"cannot import the objective {objective!r}: {error}. Name a module of "
-                    "ddpo_lib.objectives, such as 'ddpo', or an importable one of your own"
-                ) from error
+            advice = "name one of ddpo_lib.objectives, 'ddpo', or an importable one of your own"
+            raise ValueError(
+                f"cannot import the objective {objective!r}: {error}; {advice}"
+            ) from error
     if missing := [name for name in FUNCTIONS if not hasattr(objective, name)]:
         title = f"the objective {getattr(objective, '__name__', objective)!r}"
         raise ValueError(f"{title} lacks {missing}; what needs no change, import from DDPO's")

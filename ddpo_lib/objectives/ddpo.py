@@ -61,9 +61,7 @@ def credit(experience, settings, loop, helpers) -> torch.Tensor:
     return advantages(experience.rewards, settings.advantage_clip, groups)
 
 
-def advantages(
-    rewards: torch.Tensor, clip: float, groups: torch.Tensor | None = None
-) -> torch.Tensor:
+def advantages(rewards: torch.Tensor, clip: float, groups=None) -> torch.Tensor:
     """Standardised rewards (N,) clamped to ± clip, float32; groups as in `standardise`."""
     return standardise(rewards, groups).clamp(-clip, clip).float()
 
@@ -75,10 +73,8 @@ def units(experience, settings, loop, generator) -> list[torch.Tensor]:
         order = torch.arange(n).view(-1, size)[torch.randperm(n // size, generator=generator)]
     else:
         order = torch.randperm(n, generator=generator).view(-1, size)
-    return [
-        pairs(draw_steps(experience.steps, loop.timestep_fraction, generator), samples)
-        for samples in order
-    ]
+    steps, share = experience.steps, loop.timestep_fraction
+    return [pairs(draw_steps(steps, share, generator), samples) for samples in order]
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
@@ -103,8 +99,8 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
 def is_loss(log_ratio, advantage, clip_range) -> torch.Tensor:
     """DDPO-IS's clipped surrogate max(-A rho, -A clip(rho, 1 ± eps)), per element (equation 4.4).
 
-    `log_ratio` is log rho and carries the gradient, `advantage` is A, of the same shape; `clip_range`
-    is eps, infinite for the surrogate without a clip (equation 4.3).
+    `log_ratio` is log rho and carries the gradient, `advantage` is A, `clip_range` is eps, infinite
+    for the surrogate without a clip (equation 4.3).
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
