@@ -75,10 +75,10 @@ def reparameterisation() -> plt.Figure:
 
     ax.plot([0.2, 7.2], [1.87, 1.87], color=FILL[GREY], linewidth=1.5)
     x_0, x_1, x_t = (state(ax, x, 0.85, f"$x_{t}$") for x, t in ((0.9, 0), (2.75, 1), (6.45, "t")))
-    for start, end, noise in ((x_0, x_1, "0"), (x_1, x_t, "{t-1}")):
-        arrow(ax, start, end)
-        arrow(ax, circle(ax, end.x - 0.75, 1.48, rf"$\epsilon_{noise}$", ORANGE, size=9), end)
+    arrow(ax, x_0, x_1)
     dots(ax, x_1, x_t)
+    for end, noise in ((x_1, "0"), (x_t, "{t-1}")):
+        arrow(ax, circle(ax, end.x - 0.75, 1.48, rf"$\epsilon_{noise}$", ORANGE, size=9), end)
     arrow(ax, x_0, x_t, bend=0.13, color=BLUE)
     formula = r"$x_t = \sqrt{\bar\alpha_t}\;x_0 + \sqrt{1 - \bar\alpha_t}\;\epsilon$"
     write(ax, 3.7, 0.22, f"in one step, with one noise:  {formula}", 9, BLUE)
@@ -127,13 +127,15 @@ def mdp() -> plt.Figure:
     for name, (now, after) in zip(names[:-1], pairwise(row), strict=True):
         action = circle(ax, now.x + 0.3, 1.5, f"$a_{name}$", BLUE)
         reward = circle(ax, now.x + 0.3, 2.3, f"$r_{name}$", ORANGE)
-        skips = name == "1"
-        arrow(ax, now, after, "" if skips else "$P$", (0, -0.13))
-        arrow(ax, action, (now.x + 0.575, now.y + 0.16) if skips else after)
+        if name == "1":
+            dots(ax, now, after)
+            arrow(ax, action, ((now.x + after.x) / 2, now.y + 0.1))
+        else:
+            arrow(ax, action, after)
+            arrow(ax, now, after, "$P$", (0, -0.13))
         arrow(ax, now, action, r"$\pi_\theta$", (0.19, -0.06), color=BLUE)
         arrow(ax, action, reward, color=ORANGE)
         arrow(ax, now, reward, bend=-0.32, color=ORANGE)
-    dots(ax, row[1], row[2])
     write(ax, row[-1].x, 0.22, "end", 8, FAINT)
     return fig
 
@@ -157,10 +159,10 @@ def denoising_mdp(states: np.ndarray) -> plt.Figure:
         arrow(ax, now, box(ax, now.x, 0.32, text, ORANGE, width, 0.36), color=ORANGE)
     for i in (0, 2):
         arrow(ax, row[i], row[i + 1], color=BLUE)
-        dots(ax, row[i + 1], row[i + 2])
-        sampled = rf"$\sim p_\theta(\,\cdot \mid x_{{{x[i]}}})$"
-        action = f"$a_{{{s[i]}}} = x_{{{x[i + 1]}}}$\n{sampled}"
-        write(ax, row[i].x + 0.74, 2.3, action, 9, BLUE)
+        dots(ax, row[i + 1], row[i + 2], arrows=False)
+        middle = (row[i].x + row[i + 1].x) / 2
+        write(ax, middle, 2.42, f"$a_{{{s[i]}}} = x_{{{x[i + 1]}}}$", 9, BLUE)
+        write(ax, middle, 2.18, rf"$\sim p_\theta(\,\cdot \mid x_{{{x[i]}}})$", 9, BLUE)
     return fig
 
 

@@ -83,10 +83,13 @@ def arrow(ax, a, b, text="", at=(0, 0.14), bend=0.0, color=INK, **look) -> None:
     write(ax, x, y, text, 8, color)
 
 
-def dots(ax, a: Shape, b: Shape) -> None:
-    """Three dots half-way from `a` to `b`, for the steps between; they cover what is below."""
-    gap = {"fc": "white", "ec": "none", "pad": 2}
-    write(ax, (a.x + b.x) / 2, a.y, r"$\cdots$", 14, FAINT, bbox=gap)
+def dots(ax, a: Shape, b: Shape, arrows: bool = True) -> None:
+    """Three dots half-way from `a` to `b`, for the steps between."""
+    x = (a.x + b.x) / 2
+    write(ax, x, a.y, r"$\cdots$", 14, FAINT)
+    if arrows:
+        arrow(ax, a, (x - 0.16, a.y))
+        arrow(ax, (x + 0.16, a.y), b)
 
 
 def check(pictures, shape: str, n: int, rewards=None) -> None:
