@@ -67,7 +67,8 @@ def save_table(table, name: str, page: Page, source_runs: list[str] = ()) -> Pat
 
 def picture_grid(ax: plt.Axes, pictures: np.ndarray, columns: int) -> None:
     """Draw uint8 pictures (N, H, W, C) side by side on an axis, `columns` in a row."""
-    ax.imshow(tile(pictures, columns), interpolation=interpolation(pictures[0]))
+    grey = {"cmap": "gray", "vmin": 0, "vmax": 255}  # of one channel; of three nobody looks at it
+    ax.imshow(tile(pictures, columns), interpolation=interpolation(pictures[0]), **grey)
     ax.set_axis_off()
 
 

@@ -71,11 +71,11 @@ def finish(profile: Profile, run: Run) -> dict:
     result = {
         "n": len(after),
         "iterations": runs.iterations_done(home),
-        "reward_mean": after.mean(),
-        "reward_sd": after.std(ddof=1),
-        "reward_se": standard_error(after),
-        "before_mean": before.mean(),
-        "before_se": standard_error(before),
+        "reward_mean": float(after.mean()),
+        "reward_sd": float(after.std(ddof=1)),
+        "reward_se": float(standard_error(after)),
+        "before_mean": float(before.mean()),
+        "before_se": float(standard_error(before)),
     }
     runs.write_json(home / "evaluation.json", result)
     model_cards.save(home)
