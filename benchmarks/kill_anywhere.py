@@ -71,8 +71,8 @@ def main() -> None:
         while kills < arguments.kills:
             process = start(killed, arguments.iterations)
             try:
-                # Long enough on average that all kills together get about once to the end.
-                process.wait(moments.uniform(0, 2 * duration / arguments.kills))
+                # Long enough that all kills together get about once to the end, loading included.
+                process.wait(moments.uniform(0, 4 * duration / arguments.kills))
                 if process.returncode:
                     sys.exit(f"it failed by itself after {kills} kills")
                 if contents(killed) != expected:

@@ -37,6 +37,11 @@ def test_iteration_is_timed_and_the_gradients_agree(benchmark):
     assert result["speedup"] == pytest.approx(speedup, rel=0.02)
 
 
+def test_finetuning_killed_at_random_moments_is_the_same_to_the_bit(benchmark):
+    result = benchmark("kill_anywhere", "--kills", "5", "--iterations", "12")
+    assert result["kills"] == 5 and result["bit_for_bit"]
+
+
 def test_fidelity_is_measured(benchmark):
     result = benchmark("fidelity", "--profile", "smoke")
     assert result["jpeg"]["published"]["mean"] != result["jpeg"]["rescaled"]["mean"]
