@@ -219,7 +219,7 @@ def test_model_that_fails_to_build_leaves_the_old_one(tmp_path, monkeypatch):
         (folder / "half").touch()
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(paths, "TOY", tmp_path)
+    monkeypatch.setattr(make, "TOY", tmp_path)
     monkeypatch.setitem(make.BUILDERS, "age", fail)
     (tmp_path / "age").mkdir()
     (tmp_path / "age" / "old").touch()
