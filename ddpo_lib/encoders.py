@@ -137,12 +137,19 @@ def load_age_classifier(source: str | Path, device: str | None = None) -> AgeCla
     kind = "an age classifier's folder, nor an id such as 'nateraw/vit-age-classifier'"
     _require(folder, kind, "config.json", "model.safetensors")
     from transformers import ViTForImageClassification, ViTImageProcessor
+    from transformers.utils import logging
 
+    # Reading files takes a moment; a download, which takes longer, shows the Hub's own bar.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, report = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
         processor = ViTImageProcessor.from_pretrained(folder)
     except Exception as error:
         raise _unreadable(source, "a ViTForImageClassification", error) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     if labels != AGE_CLASSES or report["missing_keys"]:
         needed, found = f"the nine classes {', '.join(AGE_CLASSES)}", ", ".join(labels)
