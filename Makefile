@@ -5,7 +5,7 @@ CORES ?= $(shell command -v nvidia-smi > /dev/null && echo 1 || $(PYTHON) -c 'im
 VENV := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help reproduce report test lab bench toy
+.PHONY: help reproduce seeds report test lab bench toy
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -17,6 +17,10 @@ reproduce: $(INSTALLED) ## every figure and table; PROFILE=toy, CORES=all of the
 	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
 		--nolock --rerun-incomplete --keep-going --quiet host
 	@$(VENV)/python -m ddpo_lib.book.batch report $(PROFILE)
+
+seeds: $(INSTALLED) ## five seeds of every task, hours; their tables go to data/seeds
+	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
+		--nolock --rerun-incomplete --keep-going --quiet host -- seeds
 
 report: $(INSTALLED) ## one page with every figure: report.html
 	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --report report.html --config profile=$(PROFILE) --quiet

@@ -68,6 +68,44 @@ rule finetune:
         PAPERMILL + "".join(f" -p {name} {{params.{name}:q}}" for name in FINETUNE_PARAMETERS) + QUIETLY
 
 
+# The other seeds: `make seeds`. What they say is committed, so the batch can do without them.
+SEEDS = [finetuning.home(run).name for run in PROFILE.batch(every_seed=True)]
+SEED_RUNS = dict(zip(SEEDS, PROFILE.batch(every_seed=True), strict=True))
+
+
+rule seed:
+    output:
+        touch(HOME + "/{home}/seed.done"),
+    log:
+        text=HOME + "/logs/{home}.log",
+    params:
+        profile=PROFILE.name,
+        policy=lambda wildcards: SEED_RUNS[wildcards.home].policy,
+        task=lambda wildcards: SEED_RUNS[wildcards.home].task,
+        seed=lambda wildcards: SEED_RUNS[wildcards.home].seed,
+        n_iterations=lambda wildcards: SEED_RUNS[wildcards.home].settings.n_iterations,
+        evaluation=str(PROFILE.evaluation),
+    threads: 1
+    message:
+        "finetune {wildcards.home}"
+    shell:
+        "python -m ddpo_lib.book.finetuning {params.profile:q} {params.policy:q} {params.task:q}"
+        " --seed {params.seed}" + QUIETLY
+
+
+rule seeds:
+    input:
+        [f"{HOME}/{home}/seed.done" for home in SEEDS],
+    output:
+        f"data/seeds/{PROFILE.name}/table_5_1_seeds.csv",
+    params:
+        profile=PROFILE.name,
+    message:
+        "what the seeds say"
+    shell:
+        "python -m ddpo_lib.book.seeds {params.profile:q}"
+
+
 for name, notebook in contents().items():
 
     rule:

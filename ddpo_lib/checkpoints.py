@@ -31,7 +31,7 @@ def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> Non
     """Write best/, a plain DDPMPipeline folder, with its record."""
     with runs.replacing_folder(home / "best") as draft:
         policy.save(learner, draft)
-        runs.write_json(draft / "best.json", {"iteration": iteration, "development_reward": reward})
+        runs.write_json(draft / "best.json", {"iteration": iteration, "reward": reward})
 
 
 def load_learner(home: Path, base: Policy) -> Policy:

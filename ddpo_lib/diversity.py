@@ -1,4 +1,4 @@
-"""How varied a set of images is: embeddings, a map of them, Vendi score, entropy of a factor."""
+"""How varied images are: embeddings, a map of them, Vendi score, spread, entropy of a factor."""
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ def vendi_score(embeddings: np.ndarray) -> float:
     # X Xᵀ and Xᵀ X have the same eigenvalues but for zeros, which count nothing.
     gram = embeddings @ embeddings.T if n < size else embeddings.T @ embeddings
     return float(np.exp(_entropy(np.linalg.eigvalsh(gram / n))))
+
+
+def spread(pictures: np.ndarray) -> float:
+    """How far pictures (n, H, W, C) uint8 are from their mean: the root of the mean square over all
+    values, on the scale [-1, 1]; 0 where all are the same."""
+    return float(np.sqrt((pictures / 127.5).var(axis=0).mean()))
 
 
 def entropy(values: np.ndarray, levels: np.ndarray) -> float:

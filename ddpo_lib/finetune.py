@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ddpo_lib import checkpoints, objectives, parallel, policy, rewards, runs, sampler
+from ddpo_lib import checkpoints, diversity, objectives, parallel, policy, rewards, runs, sampler
 from ddpo_lib.experience import Experience, learnable_steps
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
 from ddpo_lib.settings import Finetune, learning_rate
 from ddpo_lib.update import update
+
+COLLAPSED = 0.5
+"""Share of the pretrained policy's Vendi score under which images have become alike."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Training:
     helpers: torch.nn.Module | None
     settings: Finetune
     seed: int
+    embed: Callable[[np.ndarray], np.ndarray] | None
 
 
 def finetune(
@@ -44,6 +48,7 @@ def finetune(
     *,
     seed: int = 0,
     objective_settings: object = None,
+    embed: Callable[[np.ndarray], np.ndarray] | None = None,
     on_iteration: Callable[[dict], object] | None = None,
 ) -> Path:
     """Finetune a policy, or go on with, or return, a run that is in its folder already.
@@ -58,9 +63,12 @@ def finetune(
         objective: a name, "ddpo", or a module of your own; see `objectives`.
         settings: of the loop.
         home: the run's folder, see `runs`; returned. Its best/ is the policy with the highest
-            development reward, for `policy.load` or plain diffusers.
+            reward of the development set, for `policy.load` or plain diffusers.
         seed: of noise and mini-batches, at least 0.
         objective_settings: the objective's `Settings`; its defaults if None.
+        embed: pictures (n, H, W, C) uint8 to embeddings (n, D) of length 1, such as
+            `diversity.embed` with a CLIP: the metrics then have Vendi scores, and the run says so
+            when the training sampler's falls under the share COLLAPSED of the pretrained one's.
         on_iteration: called after each iteration, when its checkpoint is on the disk, with its
             metrics, one flat dict of numbers; `wandb.log` is one.
 
@@ -69,7 +77,7 @@ def finetune(
         FloatingPointError: images or gradients are not finite; the last checkpoint stays.
     """
     home = Path(home).absolute()
-    training = _prepare(policy, reward, objective, settings, seed, objective_settings)
+    training = _prepare(policy, reward, objective, settings, seed, objective_settings, embed)
     identity = _identity(policy, reward, training)
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -128,12 +136,12 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     return scores, updates
 
 
-def development_noise(policy: Policy, seed: int, n: int) -> torch.Tensor:
-    """The noise (n, C, H, W) of the development set of a run with this seed (A.1)."""
-    return sampler.noise(policy, sampler.seeds(_seeds(seed, 0)[0], n))
+def development_seeds(seed: int, n: int) -> list[int]:
+    """The seeds of the development set (A.1) of a run with this seed, for `sampler.noise`."""
+    return sampler.seeds(_seeds(seed, 0)[0], n)
 
 
-def _prepare(base, reward, objective, settings, seed, own) -> Training:
+def _prepare(base, reward, objective, settings, seed, own, embed) -> Training:
     """Everything that can be refused is looked at here, before anything is written or long."""
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed={seed!r}: must be a whole number from 0 up")
@@ -158,7 +166,7 @@ def _prepare(base, reward, objective, settings, seed, own) -> Training:
         learned += [p for p in helpers.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, weight_decay=settings.weight_decay)
     judge = rewards.checked(reward)
-    return Training(learner, optimizer, judge, objective, own, helpers, settings, seed)
+    return Training(learner, optimizer, judge, objective, own, helpers, settings, seed, embed)
 
 
 def _identity(base, reward, training) -> dict:
@@ -203,35 +211,56 @@ def _run(training: Training, home: Path, on_iteration) -> None:
             kept = f"{home} keeps the checkpoint of iteration {iteration - 1}"
             raise FloatingPointError(f"iteration {iteration}: {error}; {kept}") from error
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward_mean", "development_reward")})
+        if main and training.embed is not None:
+            _warn_of_collapse(home)
         if on_iteration is not None and main:
             on_iteration(row)
 
 
 def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) -> dict:
     """Draw the development set and write all of an iteration; the checkpoint comes last, so that
-    what a crash leaves of an iteration is made again. Returns the row with the set's rewards."""
-    learner, iteration = training.learner, row["iteration"]
-    settings, progress = training.settings, "development set" if parallel.is_main() else None
-    noise = development_noise(learner, training.seed, settings.n_development)
-    options = {"batch_size": settings.micro_batch, "progress": progress}
-    mine = noise[parallel.share(len(noise))]
-    images = policy.decode(learner, sampler.sample(learner, mine, settings.n_steps, **options))
-    pictures = parallel.gather(rewards.to_uint8(images)).numpy()
-    values = parallel.gather(training.reward(images)).cpu().numpy()
-    reward = float(values.mean())
-    row = {**row, "development_reward": reward, "development_sd": float(values.std(ddof=1))}
+    what a crash leaves of an iteration is made again. Returns the row with the set's metrics."""
+    learner, settings, iteration = training.learner, training.settings, row["iteration"]
+    sets, row = {}, dict(row)
+    for name, eta in (("development", 0.0), ("stochastic", settings.eta)):
+        pictures, values = sets[name] = _develop(training, eta)
+        row[f"{name}_reward"], row[f"{name}_sd"] = float(values.mean()), float(values.std(ddof=1))
+        row[f"{name}_spread"] = diversity.spread(pictures)
+        if training.embed is not None and parallel.is_main():
+            row[f"{name}_vendi"] = diversity.vendi_score(training.embed(pictures))
     if start is not None:
         row["seconds"] = round(time.perf_counter() - start, 2)
     if parallel.is_main():
-        runs.save_development(home, iteration, pictures, values)
+        runs.save_development(home, iteration, sets)
         runs.append_metrics(home, row | lists)
+        reward = row[f"{settings.select_by}_reward"]
         kept = runs.best(home) if iteration > 0 else None
         # One of this iteration is a crash's, which is made again.
-        if not kept or kept["iteration"] == iteration or reward > kept["development_reward"]:
+        if not kept or kept["iteration"] == iteration or reward > kept["reward"]:
             checkpoints.save_best(home, learner, iteration, reward)
         if iteration > 0:
             checkpoints.save_last(home, learner, training.optimizer, training.helpers, iteration)
     return row
+
+
+def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
+    """The development set at eta, of all processes: pictures uint8 (n, H, W, C), rewards (n,)."""
+    learner, settings = training.learner, training.settings
+    n, progress = settings.n_development, "development set" if parallel.is_main() else None
+    seeds = development_seeds(training.seed, n)[parallel.share(n)]
+    options = {"seeds": seeds, "batch_size": settings.micro_batch, "progress": progress}
+    x_T = sampler.noise(learner, seeds)
+    images = policy.decode(learner, sampler.sample(learner, x_T, settings.n_steps, eta, **options))
+    pictures = parallel.gather(rewards.to_uint8(images)).numpy()
+    return pictures, parallel.gather(training.reward(images)).cpu().numpy()
+
+
+def _warn_of_collapse(home: Path) -> None:
+    """Say it in the iteration in which the training sampler's Vendi score falls under its share."""
+    vendi = [row.get("stochastic_vendi", np.nan) for row in runs.metrics(home)]
+    if vendi[-1] < COLLAPSED * vendi[0] <= vendi[-2]:
+        fall = f"the training sampler's Vendi score fell from {vendi[0]:.2f} to {vendi[-1]:.2f}"
+        tqdm.write(f"iteration {len(vendi) - 1}: {fall}: its images become alike")
 
 
 def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:

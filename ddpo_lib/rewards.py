@@ -70,14 +70,22 @@ def jpeg_kilobytes(images: torch.Tensor, encoding: str = "rescaled") -> torch.Te
         raise ValueError(f"JPEG files have 1 or 3 channels, not {channels}")
     levels = levels[..., 0] if channels == 1 else levels
     with ThreadPoolExecutor() as pool:  # the encoder lets go of the interpreter
-        sizes = list(pool.map(_jpeg_bytes, levels.numpy()))
+        sizes = [len(file) for file in pool.map(_jpeg, levels.numpy())]
     return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
 
-def _jpeg_bytes(levels: np.ndarray) -> int:
+def jpeg_header_kilobytes(channels: int = 3) -> float:
+    """What every JPEG file of `jpeg_kilobytes` has, whatever its image: markers and tables, kB."""
+    file = _jpeg(np.zeros((8, 8) if channels == 1 else (8, 8, 3), np.uint8))
+    scan = file.index(b"\xff\xda") + 2  # after it come two bytes with the segment's length
+    end_marker = 2
+    return (scan + int.from_bytes(file[scan : scan + 2]) + end_marker) / 1000
+
+
+def _jpeg(levels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(levels).save(buffer, format="JPEG", quality=95)
-    return buffer.tell()
+    return buffer.getvalue()
 
 
 def jpeg_compressibility(images: torch.Tensor, encoding: str = "rescaled") -> torch.Tensor:

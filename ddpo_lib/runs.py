@@ -2,9 +2,9 @@
 
 settings.json         what decides the run, and the settings of memory and speed it last ran with
 metrics.jsonl         one line before training and one an iteration, see `metrics`
-development/NNN.npz   the development set after NNN iterations: pictures and rewards
+development/NNN.npz   the development set after NNN iterations, by two samplers: see `development`
 last/                 a DDPMPipeline folder with the optimizer and the position, to go on from
-best/                 a DDPMPipeline folder of the highest development reward; best.json says which
+best/                 a DDPMPipeline folder of the highest reward; best.json says which
 """
 
 import contextlib
@@ -29,7 +29,8 @@ def iterations_done(home: Path) -> int:
 
 
 def best(home: Path) -> dict:
-    """best/'s record, written with its weights: `iteration` it is of and `development_reward`."""
+    """best/'s record, written with its weights: `iteration` it is of, and the `reward` of the
+    development set by which it was selected."""
     return json.loads(_read(home / "best" / "best.json"))
 
 
@@ -40,8 +41,11 @@ def best_iteration(home: Path) -> int:
 def metrics(home: Path) -> list[dict]:
     """The lines of metrics.jsonl, less a last one that a crash cut short.
 
-    Each has iteration (how many are done; 0 is before training), development_reward,
-    development_sd. Others than the first also have reward_mean, reward_sd, seconds; the means over
+    Each has iteration (how many are done; 0 is before training) and of the development set at
+    eta = 0 the rewards' mean and sd, development_reward and development_sd, development_spread, see
+    `diversity.spread`, and, of a run with `embed`, development_vendi; and as much of it by the
+    training sampler, stochastic_reward ….
+    Others than the first also have reward_mean, reward_sd, seconds; the means over
     the iteration's updates of grad_norm, learning_rate and what the objective logs (for DDPO loss,
     mean_ratio, clip_fraction, kl in nats per trajectory); and the lists `rewards`, one a sample,
     and `updates`, one dict an optimizer step.
@@ -65,18 +69,23 @@ def append_metrics(home: Path, row: dict) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def development(home: Path) -> tuple[np.ndarray, np.ndarray]:
+def development(home: Path, kind: str = "development") -> tuple[np.ndarray, np.ndarray]:
     """The development set, before training and after each iteration so far: pictures
-    (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N)."""
-    sets = [dict(np.load(file)) for file in _development_files(home)]
-    return tuple(np.stack([each[name] for each in sets]) for name in ("pictures", "rewards"))
+    (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N); of the kind
+    "development", drawn at eta = 0, or "stochastic", by the training sampler."""
+    names = (f"{kind}_pictures", f"{kind}_rewards")
+    sets = [[content[name] for name in names] for content in map(np.load, _development_files(home))]
+    return tuple(map(np.stack, zip(*sets, strict=True)))
 
 
-def save_development(home: Path, iteration: int, pictures: np.ndarray, rewards: np.ndarray) -> None:
-    """Write development/NNN.npz, all or nothing."""
+def save_development(home: Path, iteration: int, sets: dict[str, tuple]) -> None:
+    """Write development/NNN.npz, all or nothing; kind → its pictures and rewards."""
     file = home / "development" / f"{iteration:03d}.npz"
+    named = {}
+    for kind, (pictures, rewards) in sets.items():
+        named |= {f"{kind}_pictures": pictures, f"{kind}_rewards": rewards}
     with replacing(file) as draft, draft.open("wb") as stream:
-        np.savez_compressed(stream, pictures=pictures, rewards=rewards)
+        np.savez_compressed(stream, **named)
 
 
 def drop_after(home: Path, iteration: int) -> None:

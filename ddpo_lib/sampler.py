@@ -44,6 +44,12 @@ def noise(policy: Policy, seeds: Sequence[int]) -> torch.Tensor:
     return next(_draws(policy, seeds, stream=0)).to(policy.device)
 
 
+def step_noise(policy: Policy, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The noise of the steps of chains with these seeds, one (N, C, H, W) after the other; it has
+    nothing to do with `noise` of the same seeds."""
+    return (z.to(policy.device) for z in _draws(policy, seeds, stream=1))
+
+
 def rollout(
     policy: Policy,
     x_T: torch.Tensor,
@@ -150,14 +156,14 @@ def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip
     if not 0 <= skip < n_steps:
         raise ValueError(f"skip={skip}: of {n_steps} steps, 0 to {n_steps - 1} can be left out")
     memory.start_over(policy.unet)
-    draws, x = _draws(policy, seeds, stream=1), x_T
+    draws, x = step_noise(policy, seeds), x_T
     for _ in range(skip if eta > 0 else 0):  # x_T has seen the noise of the steps left out
         next(draws)
     for t, t_prev in tqdm(pairs[skip:], desc=progress, disable=progress is None, leave=False):
         done = step(policy, x, t, t_prev, eta, context, batch_size)
         x = done.mean
         if done.std[0] > 0:
-            x = x + done.std.view(-1, 1, 1, 1) * next(draws).to(x.device)
+            x = x + done.std.view(-1, 1, 1, 1) * next(draws)
         yield done.mean, done.std, x
 
 

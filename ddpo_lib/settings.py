@@ -86,7 +86,12 @@ class Finetune:
     max_grad_norm: float = number(1.0, above=0)
     """The gradient is rescaled to at most this norm."""
     n_development: int = number(64, 2)
-    """Images of the development set, drawn from fixed noise at eta = 0 after every iteration."""
+    """Images of the development set, drawn from fixed noise after every iteration: at eta = 0, and
+    from the same initial noise by the training sampler."""
+    select_by: str = choice("development", "stochastic")
+    """best/ has the highest mean reward of the development set: as "development", at eta = 0, the
+    sampler that model cards name and whose noise does not blur the choice; or "stochastic", by the
+    training sampler."""
     bf16: bool = True
     """Run the network under bfloat16 autocast, on a GPU only if it has bfloat16."""
 

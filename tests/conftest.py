@@ -108,8 +108,8 @@ def finetune(tmp_path, new_policy, brightness):
     """finetune(home="run", policy=None, reward=None, …, own=None, **settings): half a second."""
 
     def run(
-        home="run", policy=None, reward=None, objective="ddpo", seed=0, own=None, on_iteration=None,
-        **settings,
+        home="run", policy=None, reward=None, objective="ddpo", seed=0, own=None, embed=None,
+        on_iteration=None, **settings,
     ):  # fmt: skip
         return loop.finetune(
             policy or new_policy(widths=(8,)),
@@ -119,6 +119,7 @@ def finetune(tmp_path, new_policy, brightness):
             tmp_path / home,
             seed=seed,
             objective_settings=own,
+            embed=embed,
             on_iteration=on_iteration,
         )
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from ddpo_lib import encoders, evaluation, finetune, hub, rewards, runs, sampler
+from ddpo_lib import diversity, encoders, evaluation, finetune, hub, rewards, runs, sampler
 from ddpo_lib import policy as policies
-from ddpo_lib.book import finetuning, model_cards, notebook, paths, profiles, results
+from ddpo_lib.book import finetuning, model_cards, notebook, paths, profiles, results, seeds
 from ddpo_lib.book.profiles import Evaluation, Profile
 
 SETTINGS = {
@@ -37,6 +37,12 @@ def brightness(images):
     return images.mean((1, 2, 3))
 
 
+def embed(pictures, clip):
+    """The pictures themselves in CLIP's place, as vectors of length 1."""
+    rows = pictures.reshape(len(pictures), -1) + 1.0
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 @pytest.fixture
 def profile(tmp_path, monkeypatch, new_policy):
     """A world with one tiny policy, whose finetunings take half a second."""
@@ -45,6 +51,8 @@ def profile(tmp_path, monkeypatch, new_policy):
     source = tmp_path / "pretrained"
     policies.save(new_policy(widths=(8,)), source)
     models = {name: str(tmp_path / name) for name in profiles.MODELS}
+    monkeypatch.setattr(encoders, "load_clip", lambda source, device=None: source)
+    monkeypatch.setattr(diversity, "embed", embed)
     tasks = {
         "brighter": {"reward": "jpeg_compressibility"},
         "smaller": {"reward": "jpeg_compressibility"},
@@ -375,8 +383,9 @@ def test_run_that_is_on_its_way_keeps_its_folder(profile, run, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ddpo_lib import finetune
+from ddpo_lib import encoders, finetune
 from ddpo_lib.book import finetuning, paths, profiles
+encoders.load_clip = lambda source: source
 paths.RUNS, paths.CONFIG = Path(sys.argv[1]), Path(sys.argv[2])
 keep = finetune._keep
 finetune._keep = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
@@ -448,14 +457,14 @@ def draw(tmp_path, policy):
     policies.save(policy, tmp_path / "p")
     settings, drawn = Evaluation(5, 4, 7), []
 
-    def draw(bf16=False, **changes):
+    def draw(bf16=False, eta=0.0, **changes):
         with pytest.MonkeyPatch.context() as patch:
             load = policies.load
             patch.setattr(policies, "load", lambda *a, **k: drawn.append(1) or load(*a, **k))
             before = len(drawn)
             images = results.pictures(
                 str(tmp_path / "p"), dataclasses.replace(settings, **changes),
-                tmp_path / "new/folder/cache.npz", bf16,
+                tmp_path / "new/folder/cache.npz", bf16, eta=eta,
             )  # fmt: skip
         return images, len(drawn) > before
 
@@ -469,6 +478,17 @@ def test_pictures_are_drawn_once(draw, tmp_path):
     assert not anew and np.array_equal(first, again)
     names = [file.name for file in (tmp_path / "new/folder").iterdir()]
     assert [name for name in names if not name.endswith(".lock")] == ["cache.npz"]
+
+
+def test_sets_of_two_samplers_lie_beside_each_other(draw, policy, tmp_path):
+    still, noisy = draw()[0], draw(eta=1.0)[0]
+    seeds = sampler.seeds(7, 5)
+    x_0 = sampler.sample(policy, sampler.noise(policy, seeds), 4, 1.0, seeds)
+    np.testing.assert_array_equal(noisy, rewards.to_uint8(x_0).numpy())
+    assert (still != noisy).mean() > 0.5
+    assert not draw()[1] and not draw(eta=1.0)[1]
+    assert (tmp_path / "new/folder/cache-eta1.npz").exists()
+    assert draw(eta=0.5)[1]
 
 
 @pytest.mark.parametrize("change", ["weights", "scheduler", "n", "n_steps", "seed", "bf16"])
@@ -573,18 +593,29 @@ def test_finish_scores_the_best_checkpoint_and_completes_the_run(profile, run, n
     assert not finetuning.is_complete(run)
     best = new_policy(seed=5, widths=(8,))
     policies.save(best, home / "best")
-    runs.write_json(home / "best" / "best.json", {"iteration": 1, "development_reward": 0.0})
+    runs.write_json(home / "best" / "best.json", {"iteration": 1, "reward": 0.0})
 
     result = results.finish(profile, run)
 
-    noise = sampler.noise(best, sampler.seeds(7, 5))
-    images = rewards.from_uint8(rewards.to_uint8(sampler.sample(best, noise, 4)))
-    expected = rewards.jpeg_compressibility(images).double()
     assert json.loads((home / "evaluation.json").read_text()) == result
     assert (result["n"], result["iterations"]) == (5, 2)
-    assert result["reward_mean"] == pytest.approx(expected.mean().item(), abs=1e-6)
-    assert result["reward_sd"] == pytest.approx(expected.std().item(), rel=1e-3)
-    assert result["reward_se"] == pytest.approx(expected.std().item() / math.sqrt(5), rel=1e-3)
+    seeds, base = sampler.seeds(7, 5), policies.load(run.source, bf16=False)
+    for name, eta in (("eta0", 0.0), ("eta1", 1.0)):
+        told, values, vendi = result[name], [], []
+        for agent in (base, best):
+            x_0 = sampler.sample(agent, sampler.noise(agent, seeds), 4, eta, seeds)
+            images = rewards.to_uint8(x_0)
+            vendi.append(diversity.vendi_score(embed(images.numpy(), None)))
+            scores = rewards.jpeg_compressibility(rewards.from_uint8(images))
+            values.append(scores.double().numpy())
+        before, after = values
+        assert told["reward_mean"] == pytest.approx(after.mean(), abs=1e-6)
+        assert told["reward_sd"] == pytest.approx(after.std(ddof=1), rel=1e-3)
+        assert told["reward_se"] == pytest.approx(after.std(ddof=1) / math.sqrt(5), rel=1e-3)
+        effect = (after.mean() - before.mean()) / before.std(ddof=1)
+        assert told["effect_size"] == pytest.approx(effect, rel=1e-3)
+        assert told["vendi_ratio"] == pytest.approx(vendi[1] / vendi[0], rel=1e-4)
+        assert "share_over_50" not in told  # that is of faces
     assert finetuning.is_complete(run)
 
 
@@ -595,10 +626,10 @@ def test_run_that_went_on_is_not_complete_until_it_is_evaluated_again(profile, r
     home = finetuning.finetune(longer)
     assert home == paths.RUNS / "test/tiny-smaller-s0" and (home / "evaluation.json").exists()
     assert not finetuning.is_complete(longer)
-    assert "evaluation set, 5" not in card(home)[1]
+    assert "evaluation set, 5" not in card(home)[2]
     results.finish(profile, longer)
     assert finetuning.is_complete(longer)
-    assert "evaluation set, 5" in card(home)[1]
+    assert "evaluation set, 5" in card(home)[2]
 
 
 def test_two_may_finish_at_once(profile, run):
@@ -639,19 +670,28 @@ def smoothed(monkeypatch):
     strength = np.linspace(20, 60, 20).reshape(-1, 1, 1, 1)
     before = (128 + strength * noise).clip(0, 255).astype(np.uint8)
     after = (128 + strength / 4 * noise).clip(0, 255).astype(np.uint8)
-    base = {False: before}  # the runs of these tests are in float32
-    monkeypatch.setattr(results, "pretrained_pictures", lambda profile, name, bf16: base[bf16])
-    monkeypatch.setattr(results, "finetuned_pictures", lambda profile, run: after)
-    return [evaluation.score(images, rewards.jpeg_kilobytes) for images in (before, after)]
+    # The runs of these tests are in float32. By the training sampler nothing has changed.
+    base = {(False, 0.0): before, (False, 1.0): before}
+    monkeypatch.setattr(
+        results, "pretrained_pictures", lambda profile, name, bf16, eta: base[bf16, eta]
+    )
+    monkeypatch.setattr(
+        results, "finetuned_pictures", lambda profile, run, eta: before if eta else after
+    )
+    sizes = [evaluation.score(images, rewards.jpeg_kilobytes) for images in (before, after)]
+    vendi = [diversity.vendi_score(embed(images, None)) for images in (before, after)]
+    return *sizes, vendi[1] / vendi[0]
 
 
 def test_table_5_1(profile, smoothed):
-    before, after = smoothed
+    before, after, vendi_ratio = smoothed
+    profile = dataclasses.replace(profile, evaluation=Evaluation(20, 4, 7))
     table = results.table_5_1(profile, [profile.run("tiny", t) for t in ("smaller", "larger")])
 
     assert table.columns.tolist() == results.COLUMNS == [
         "policy", "task", "n", "baseline_mean", "baseline_sd", "baseline_se",
-        "ddpo_mean", "ddpo_se", "effect_size",
+        "ddpo_mean", "ddpo_se", "effect_size", "ddpo_eta1_mean", "ddpo_eta1_se", "effect_size_eta1",
+        "vendi_ratio", "vendi_ratio_eta1",
     ]  # fmt: skip
     assert table.policy.tolist() == ["tiny", "tiny"]
     assert table.task.tolist() == ["smaller", "larger"]
@@ -666,6 +706,34 @@ def test_table_5_1(profile, smoothed):
         assert row.baseline_sd == pytest.approx(before.std(ddof=1))
         assert row.baseline_se == pytest.approx(before.std(ddof=1) / math.sqrt(20))
         assert row.ddpo_se == pytest.approx(after.std(ddof=1) / math.sqrt(20))
+        assert row.ddpo_eta1_mean == pytest.approx(before.mean()) and row.effect_size_eta1 == 0
+        assert row.ddpo_eta1_se == row.baseline_se
+        assert row.vendi_ratio == pytest.approx(vendi_ratio) and row.vendi_ratio_eta1 == 1
+    assert vendi_ratio < 0.99
+
+
+def test_table_of_seeds_has_the_finished_runs(profile, monkeypatch):
+    own = {"policy": "tiny"}
+    specs = [own | {"task": "smaller", "seeds": 3}, own | {"task": "larger"}]
+    world = dataclasses.replace(profile, runs=specs)
+    assert [run.seed for run in world.batch()] == [0, 0]
+    every = world.batch(every_seed=True)
+    assert [(run.task, run.seed) for run in every] == [
+        ("smaller", 0), ("smaller", 1), ("smaller", 2), ("larger", 0),
+    ]  # fmt: skip
+    for run in (every[0], every[2]):
+        finetuning.finetune(run)
+    told = results.finish(world, every[2])
+    table = seeds.table(world)  # seed 0 is not evaluated, seed 1 not begun
+    assert table.columns.tolist() == seeds.COLUMNS
+    ((policy, task, seed, *values, share),) = table.itertuples(index=False)
+    assert (policy, task, seed) == ("tiny", "smaller", 2) and math.isnan(share)
+    expected = [
+        told[sampler][name]
+        for name in ("effect_size", "vendi_ratio")
+        for sampler in ("eta0", "eta1")
+    ]
+    np.testing.assert_allclose(values, expected, atol=1e-4)
 
 
 def test_share_over_50(monkeypatch):
@@ -698,22 +766,44 @@ def test_card_says_what_the_run_was_and_how_it_went(profile, run):
     assert rows["learning_rate"] == ["0.001"] and rows["seed"] == ["0"]
     assert rows["clip_range"] == ["0.0001"] and rows["estimator"] == ["is"]
     assert "`jpeg_compressibility`. Minus the JPEG's size in kB" in body
-    _, development = runs.development(home)
-    best = runs.best_iteration(home)
+    best = runs.best(home)["iteration"]
     assert f"after {best} of 2 iterations" in body
-    means = [f"{values.mean():.3f} ± {values.std(ddof=1) / 2**0.5:.3f}" for values in development]
-    assert rows["development set, 2"] == [means[0], means[best]]
-    # The checkpoint was chosen by these very pictures.
-    assert "biased upwards" in body and "evaluation set, 5" not in rows
+    for kind, eta in (("development", 0), ("stochastic", 1)):
+        _, sets = runs.development(home, kind)
+        means = [f"{values.mean():.3f} ± {values.std(ddof=1) / 2**0.5:.3f}" for values in sets]
+        assert rows[f"reward, development set, 2, η = {eta}"] == [means[0], means[best]]
+    # The checkpoint was chosen by these very images.
+    assert "by the development set\nat η = 0, whose mean after finetuning is therefore" in body
+    assert "evaluation set, 5" not in body
 
     result = results.finish(profile, run)
     metadata, rows, body = card(home)
-    before, after = rows["evaluation set, 5"]
-    assert after == f"{result['reward_mean']:.3f} ± {result['reward_se']:.3f}"
-    assert before == f"{result['before_mean']:.3f} ± {result['before_se']:.3f}"
-    pretrained = results.pretrained_pictures(profile, "tiny")
-    scores = evaluation.score(pretrained, rewards.jpeg_compressibility)
-    assert result["before_mean"] == pytest.approx(scores.mean())
+    for name, eta in (("eta0", 0), ("eta1", 1)):
+        told = result[name]
+        pairs = [(told[f"{when}_mean"], told[f"{when}_se"]) for when in ("before", "reward")]
+        means = [f"{mean:.3f} ± {error:.3f}" for mean, error in pairs]
+        assert rows[f"reward, evaluation set, 5, η = {eta}"] == means
+        vendi = [f"{told['before_vendi']:.2f}", f"{told['vendi']:.2f}"]
+        assert rows[f"Vendi score, evaluation set, 5, η = {eta}"] == vendi
+        pretrained = results.pretrained_pictures(profile, "tiny", eta=eta)
+        scores = evaluation.score(pretrained, rewards.jpeg_compressibility)
+        assert told["before_mean"] == pytest.approx(scores.mean())
+
+
+def test_card_tells_people_to_draw_what_it_reports(profile, run):
+    """The card's code, with plain diffusers: its images score what the card says, within the
+    error of two sets of different noise."""
+    home = finetuning.finetune(run)
+    told = results.finish(dataclasses.replace(profile, evaluation=Evaluation(200, 4, 7)), run)
+    code = card(home)[2].split("```python\n")[1].split("```")[0]
+    code = code.replace("PATH OR ID OF THIS MODEL", str(home / "best"))
+    space = {}
+    exec(code.replace("batch_size=4", "batch_size=200, output_type='np'"), space)
+    images = torch.from_numpy(space["images"]).permute(0, 3, 1, 2) * 2 - 1
+    scores = rewards.jpeg_compressibility(images).double().numpy()
+    error = math.hypot(evaluation.standard_error(scores), told["eta0"]["reward_se"])
+    assert abs(scores.mean() - told["eta0"]["reward_mean"]) < 4 * error
+    assert abs(scores.mean() - told["eta1"]["reward_mean"]) > 4 * error  # the card says which η
 
 
 def test_card_of_a_hub_policy_names_base_commit_and_licence(run):

@@ -20,7 +20,7 @@ from PIL import Image
 from ddpo_lib.book import figures, notebook, paths
 from ddpo_lib.book.figures import Page
 
-PAGE = Page("51_learning_curves", "toy", {"profile": "toy", "seed": 3})
+PAGE = Page("51_what_the_seeds_agree_on", "toy", {"profile": "toy", "seed": 3})
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_save_writes_png_pdf_and_an_entry(folder):
     (entry,) = manifest()
     assert entry["id"] == "5.3"
     assert entry["name"] == "fig_5_3_learning_curves"
-    assert entry["notebook"] == "51_learning_curves"
+    assert entry["notebook"] == "51_what_the_seeds_agree_on"
     assert entry["profile"] == "toy"
     assert entry["parameters"] == {"profile": "toy", "seed": 3}
     assert entry["seed"] == 3
@@ -197,7 +197,7 @@ def test_page_needs_no_notebook_and_notebook_no_heavy_library():
 
 
 def test_worlds_and_figures_keep_their_own_entries(folder):
-    other_world = Page("51_learning_curves", "thesis", {"profile": "thesis"})
+    other_world = Page("51_what_the_seeds_agree_on", "thesis", {"profile": "thesis"})
     table = pd.DataFrame({"policy": ["faces"], "n": [10]})
     figures.save(drawing(), "fig_5_3_learning_curves", PAGE)
     figures.save(drawing(), "fig_5_3_learning_curves", other_world)
@@ -235,15 +235,17 @@ def test_entry_tells_a_figure_from_one_of_other_code(folder, tmp_path, monkeypat
 
     def write(code, prose="Some prose."):
         cells = [nbformat.v4.new_markdown_cell(prose), nbformat.v4.new_code_cell(code)]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "51_learning_curves.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=cells), tmp_path / "51_what_the_seeds_agree_on.ipynb"
+        )
 
     write("draw()")
     figures.save_table(pd.DataFrame(), "table_5_1", PAGE)
     (entry,) = manifest()
     write("draw()", "Other prose.")
-    assert entry["code"] == figures.code_hash("51_learning_curves")
+    assert entry["code"] == figures.code_hash("51_what_the_seeds_agree_on")
     write("draw(2)")
-    assert entry["code"] != figures.code_hash("51_learning_curves")
+    assert entry["code"] != figures.code_hash("51_what_the_seeds_agree_on")
 
 
 def test_picture_grid():
@@ -283,9 +285,9 @@ CELL = "# Parameters\nprofile = 'toy'\nseed = 0\nsettings = {'eta': 0.5}\n"
 
 def test_page_carries_the_parameters_of_this_run(kernel, capsys):
     kernel("import math", CELL, "# Parameters\nseed = 5\n", "derived = seed + 1")
-    page = notebook.begin("51_learning_curves")
+    page = notebook.begin("51_what_the_seeds_agree_on")
     parameters = {"profile": "toy", "seed": 5, "settings": {"eta": 0.5}}
-    assert page == Page("51_learning_curves", "toy", parameters, {"seed"})
+    assert page == Page("51_what_the_seeds_agree_on", "toy", parameters, {"seed"})
     shown = capsys.readouterr().out
     assert f"torch {importlib.metadata.version('torch')}" in shown
     assert "device: " in shown
@@ -293,30 +295,32 @@ def test_page_carries_the_parameters_of_this_run(kernel, capsys):
 
 def test_notebook_without_injected_parameters(kernel):
     kernel(CELL + "b = seed / 3", CELL + "b = seed / 3")  # run twice by hand
-    page = notebook.begin("51_learning_curves")
+    page = notebook.begin("51_what_the_seeds_agree_on")
     assert page.parameters["seed"] == 0 and not page.given
 
 
 def test_misspelled_parameter_is_an_error(kernel):
     kernel(CELL, "# Parameters\nsede = 5\n")
     with pytest.raises(ValueError, match=r"unknown parameter \['sede'\]: notebook 51_l.*'seed'"):
-        notebook.begin("51_learning_curves")
+        notebook.begin("51_what_the_seeds_agree_on")
 
 
 @pytest.mark.parametrize("name", ["tyo", "../config/toy"])
 def test_unknown_profile_is_an_error_at_the_start(kernel, name):
     kernel(CELL, f"# Parameters\nprofile = '{name}'\n")
     with pytest.raises(ValueError, match="unknown profile"):
-        notebook.begin("51_learning_curves")
+        notebook.begin("51_what_the_seeds_agree_on")
 
 
 def test_without_history_the_parameters_are_the_files(kernel):
     space = kernel("profile = 'toy'; policy = 'faces'; seed = 4")
-    page = notebook.begin("51_learning_curves")
+    page = notebook.begin("51_what_the_seeds_agree_on")
     assert page.parameters == {"profile": "toy", "policy": "faces", "seed": 4}
     del space["policy"]
-    with pytest.raises(ValueError, match="run the parameters cell of notebook 51_learning_curves"):
-        notebook.begin("51_learning_curves")
+    with pytest.raises(
+        ValueError, match="run the parameters cell of notebook 51_what_the_seeds_agree_on"
+    ):
+        notebook.begin("51_what_the_seeds_agree_on")
 
 
 def test_profile_smoke_shortens_what_nobody_gave_and_the_record_is_what_runs(kernel, folder):
@@ -325,7 +329,7 @@ def test_profile_smoke_shortens_what_nobody_gave_and_the_record_is_what_runs(ker
     given = "# Parameters\nprofile = 'smoke'\nn_walks = 5000\n"
     space = kernel(cell, given)
     for _ in range(2):  # the cell may be run again
-        page = notebook.begin("51_learning_curves")
+        page = notebook.begin("51_what_the_seeds_agree_on")
         notebook.shorten(page, n_walks=20, n_runs=2)
         assert (space["n_walks"], space["n_runs"]) == (5000, 2)
         assert page.parameters == {"profile": "smoke", "n_walks": 5000, "n_runs": 2}
@@ -333,7 +337,7 @@ def test_profile_smoke_shortens_what_nobody_gave_and_the_record_is_what_runs(ker
     assert manifest()[0]["parameters"] == page.parameters
 
     space = kernel(cell)
-    page = notebook.begin("51_learning_curves")
+    page = notebook.begin("51_what_the_seeds_agree_on")
     notebook.shorten(page, n_walks=20, n_runs=2)
     assert (space["n_walks"], page.parameters["n_walks"]) == (9000, 9000)
 

@@ -13,14 +13,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from ddpo_lib import checkpoints, rewards, runs, sampler
+from ddpo_lib import checkpoints, diversity, rewards, runs, sampler
 from ddpo_lib import finetune as loop
 from ddpo_lib import policy as policies
 from ddpo_lib.objectives import ddpo
 from ddpo_lib.policy import Policy
 
-N_CALLS = 7
-"""Of the reward in a run of three iterations: development set, then (rollout, development) each."""
+N_CALLS = 11
+"""Of the reward in a run of three iterations: the development set by two samplers, then a rollout
+and the development set twice in each."""
 
 
 def weights(folder):
@@ -78,7 +79,8 @@ def test_what_a_run_leaves(finetune):
 
     before, *rows = runs.metrics(home)
     assert (home / "metrics.jsonl").read_text().count("\n") == 4
-    assert before.keys() == {"iteration", "development_reward", "development_sd"}
+    kinds = itertools.product(("development", "stochastic"), ("reward", "sd", "spread"))
+    assert before.keys() == {"iteration", *map("_".join, kinds)}
     assert [row["iteration"] for row in (before, *rows)] == [0, 1, 2, 3]
     updates = [update for row in rows for update in row["updates"]]
     assert [update["update"] for update in updates] == list(range(12))  # 3 × 2 epochs × 2 batches
@@ -94,11 +96,13 @@ def test_what_a_run_leaves(finetune):
         assert row["reward_sd"] == pytest.approx(np.std(row["rewards"], ddof=1), rel=1e-4)
         for name in ("kl", "loss", "clip_fraction", "grad_norm"):
             assert row[name] == pytest.approx(np.mean([update[name] for update in row["updates"]]))
-    pictures, scores = runs.development(home)
-    assert pictures.shape == (4, 2, 8, 8, 3) and pictures.dtype == np.uint8
-    np.testing.assert_allclose(
-        scores.mean(1), [row["development_reward"] for row in (before, *rows)], rtol=1e-5
-    )
+    for kind in ("development", "stochastic"):
+        pictures, scores = runs.development(home, kind)
+        assert pictures.shape == (4, 2, 8, 8, 3) and pictures.dtype == np.uint8
+        for i, row in enumerate((before, *rows)):
+            assert row[f"{kind}_reward"] == pytest.approx(scores[i].mean(), rel=1e-5)
+            assert row[f"{kind}_sd"] == pytest.approx(scores[i].std(ddof=1), rel=1e-4)
+            assert row[f"{kind}_spread"] == pytest.approx(diversity.spread(pictures[i]))
 
     # A flat dict of numbers, for a logger, an iteration.
     assert [row["iteration"] for row in seen] == [1, 2, 3]
@@ -276,7 +280,7 @@ def test_run_killed_at_any_reward_resumes_to_the_bit(finetune, brightness, sched
 
 def test_bf16_run_resumes_to_the_bit(finetune, brightness):
     expected = everything(finetune("unbroken", bf16=True))
-    brightness.calls, brightness.fail_at = 0, 4
+    brightness.calls, brightness.fail_at = 0, 6
     with pytest.raises(KeyboardInterrupt):
         finetune(bf16=True)
     brightness.fail_at = None
@@ -339,7 +343,7 @@ def test_best_and_its_record_agree_after_every_kill(finetune, tmp_path):
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_run_killed_between_two_renames_resumes_to_the_bit(finetune, brightness, tmp_path, name):
     expected = everything(finetune("unbroken"))
-    brightness.calls, brightness.fail_at = 0, 4
+    brightness.calls, brightness.fail_at = 0, 6
     with pytest.raises(KeyboardInterrupt):
         finetune()
     brightness.fail_at = None
@@ -377,12 +381,17 @@ def test_memory_settings_may_change_on_the_way(finetune):
 
 
 def test_best_is_the_policy_with_the_highest_development_reward(finetune, brightness):
-    # Development sets are calls 0, 2, 4 and 6 of the reward: the best comes after iteration 1.
-    brightness.script = [0.0, 0.0, 5.0, 0.0, 4.0, 0.0, 4.5]
+    # Development sets at eta = 0 are calls 0, 3, 6 and 9 of the reward: the best comes after
+    # iteration 1; by the training sampler they are calls 1, 4, 7 and 10, and it comes after 2.
+    brightness.script = [0.0, 0.0, 0.0, 5.0, 0.0, 0.0, 4.0, 9.0, 0.0, 4.5, 8.0]
     home = finetune()
     kept = runs.best(home)
     assert kept["iteration"] == 1
-    assert kept["development_reward"] == np.load(home / "development/001.npz")["rewards"].mean()
+    assert kept["reward"] == runs.development(home)[1][1].mean()
+    brightness.calls = 0
+    other = finetune("stochastic", select_by="stochastic")
+    assert runs.best(other)["iteration"] == 2
+    assert runs.best(other)["reward"] == runs.development(other, "stochastic")[1][2].mean()
 
     brightness.script = None
     after_one = weights(finetune("one", n_iterations=1) / "last")
@@ -393,7 +402,7 @@ def test_best_is_the_policy_with_the_highest_development_reward(finetune, bright
 
 
 def test_best_is_the_pretrained_policy_if_nothing_got_better(finetune, brightness, new_policy):
-    brightness.script = [9.0, *[0.0] * 6]
+    brightness.script = [9.0, *[0.0] * 10]
     policy = new_policy(widths=(8,))
     home = finetune(policy=policy)
     best = weights(home / "best")
@@ -401,26 +410,66 @@ def test_best_is_the_pretrained_policy_if_nothing_got_better(finetune, brightnes
     assert runs.best(home)["iteration"] == 0
 
 
-def test_development_pictures_are_drawn_without_noise_by_the_policy_of_that_iteration(
-    finetune, new_policy
+@pytest.mark.parametrize("kind, eta", [("development", 0.0), ("stochastic", 0.7)])
+def test_development_pictures_are_drawn_from_fixed_noise_by_the_policy_of_that_iteration(
+    finetune, new_policy, kind, eta
 ):
     policy = new_policy(widths=(8,))
-    home = finetune(policy=policy, n_iterations=1)
-    pictures, scores = runs.development(home)
-    after = policies.load(home / "last", bf16=False)
+    home = finetune(policy=policy, n_iterations=1, eta=0.7)
+    pictures, scores = runs.development(home, kind)
+    after, seeds = policies.load(home / "last", bf16=False), loop.development_seeds(0, 2)
     for i, learner in enumerate([policy, after]):
-        x_0 = sampler.sample(learner, loop.development_noise(learner, 0, 2), 4)
+        x_0 = sampler.sample(learner, sampler.noise(learner, seeds), 4, eta, seeds)
         np.testing.assert_allclose(pictures[i], rewards.to_uint8(x_0), atol=1)
         np.testing.assert_allclose(scores[i], x_0.mean((1, 2, 3)), atol=1e-5)
 
 
-def test_development_noise_is_the_runs_own(policy):
-    noise = loop.development_noise(policy, 0, 3)
-    assert noise.shape == (3, 3, 8, 8)
-    assert noise.equal(loop.development_noise(policy, 0, 3))
-    assert not noise.equal(loop.development_noise(policy, 1, 3))
-    training = sampler.noise(policy, sampler.seeds(loop._seeds(0, 1)[0], 3))
-    assert not noise.equal(training)
+def test_development_seeds_are_the_runs_own():
+    seeds = loop.development_seeds(0, 3)
+    assert len(set(seeds)) == 3 and seeds == loop.development_seeds(0, 3)
+    training = sampler.seeds(loop._seeds(0, 1)[0], 3)
+    assert not {*seeds} & {*loop.development_seeds(1, 3), *training}
+
+
+# ------------------------------------------------------------------------------- collapse
+
+
+def test_vendi_scores_are_recorded_and_a_collapse_is_said_once(finetune, brightness, capsys):
+    """Embeddings that are one and the same from iteration 2 on: two images, then one."""
+    seen, counter = [], itertools.count()
+
+    def embed(pictures):
+        call = next(counter)
+        seen.append(pictures)
+        return np.eye(2) if call < 4 else np.array([[1.0, 0.0], [1.0, 0.0]])
+
+    home = finetune(embed=embed)
+    for kind in ("development", "stochastic"):
+        vendi = [row[f"{kind}_vendi"] for row in runs.metrics(home)]
+        assert vendi == pytest.approx([2, 2, 1, 1])
+    assert np.array_equal(
+        seen[2:4], [runs.development(home, k)[0][1] for k in ("development", "stochastic")]
+    )
+    said = "iteration 2: the training sampler's Vendi score fell from 2.00 to 1.00"
+    assert "fell" not in capsys.readouterr().out  # half of it is not under half
+    counter, threshold = itertools.count(), loop.COLLAPSED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "COLLAPSED", 0.6)
+        again = finetune("again", embed=embed)
+    out = capsys.readouterr().out
+    assert out.count(said) == 1 and out.count("fell") == 1 and threshold == 0.5
+    assert_same(again, everything(home))
+
+
+def test_what_is_recorded_of_diversity_decides_nothing(finetune):
+    expected = everything(finetune("without"))
+    found = everything(finetune("with", embed=lambda pictures: np.eye(len(pictures))))
+    for name in ("last", "best", "moments"):
+        assert all(found[name][key].equal(value) for key, value in expected[name].items())
+    # A run without goes on with it, and back.
+    finetune("mixed", n_iterations=1)
+    home = finetune("mixed", n_iterations=3, embed=lambda pictures: np.eye(len(pictures)))
+    assert runs.iterations_done(home) == 3
 
 
 # ------------------------------------------------------------------------------- identity
@@ -507,7 +556,7 @@ def test_helper_that_learns_resumes_to_the_bit(finetune, brightness):
     expected = finetune("unbroken", objective=learned_baseline())
     baseline = load_file(expected / "last/helpers.safetensors")["weight"]
     assert baseline.item() != 0
-    brightness.calls, brightness.fail_at = 0, 5
+    brightness.calls, brightness.fail_at = 0, 8
     with pytest.raises(KeyboardInterrupt):
         finetune(objective=learned_baseline())
     brightness.fail_at = None
@@ -521,7 +570,7 @@ def test_helper_that_learns_resumes_to_the_bit(finetune, brightness):
 
 def test_nan_reward_stops_the_run_and_loses_nothing(finetune, brightness, tmp_path):
     expected = everything(finetune("unbroken"))
-    brightness.calls, brightness.nan_at = 0, 3  # the rollout of iteration 2
+    brightness.calls, brightness.nan_at = 0, 5  # the rollout of iteration 2
     with pytest.raises((ValueError, FloatingPointError), match=r"not finite .*\[1\]"):
         finetune()
     assert runs.iterations_done(tmp_path / "run") == 1

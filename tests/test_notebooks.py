@@ -276,7 +276,9 @@ def test_own_reward_by_name(executed, root, tmp_path):
 
 def test_misspelled_parameter_stops_before_anything_runs(root, tmp_path):
     before = sorted(root.rglob("*"))
-    done = papermill(root, tmp_path, "53_samples", "-p", "profil", "smoke", "-p", "n_columns", "5")
+    done = papermill(
+        root, tmp_path, "58_galleries", "-p", "profil", "smoke", "-p", "n_columns", "5"
+    )
     assert done.returncode != 0
     assert "unknown parameter ['profil']" in done.stderr
     assert "'n_columns'" in done.stderr  # says what the notebook takes

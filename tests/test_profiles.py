@@ -280,6 +280,12 @@ def test_profile_name_is_of_the_alphabet_too(write):
         ({"runs": [{"policy": "cats", "task": "aesthetic"}]}, "unknown policy 'cats'"),
         ({"runs": {"policy": "faces"}}, "runs: must be a list"),
         ({"runs": ["faces"]}, "runs: must be a mapping, not 'faces'"),
+        ({"runs": [{"policy": "faces", "task": "aesthetic", "seeds": 0}]}, "seeds=0: must be"),
+        ({"runs": [{"policy": "faces", "task": "aesthetic", "seeds": 2.0}]}, "seeds=2.0: must be"),
+        (
+            {"runs": [{"policy": "faces", "task": "over50", "seeds": 2, "seed": 1}]},
+            "one of them",
+        ),
         ({"runs": [{"policy": "faces"}]}, r"runs: missing \['task'\]"),
         ({"runs": [{"policy": ["faces"], "task": "aesthetic"}]}, r"the name \['faces'\]"),
         ({"runs": [{"policy": "faces", "task": "aesthetic", "seed": "a"}]}, "seed='a'"),

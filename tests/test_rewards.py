@@ -486,3 +486,16 @@ def test_module_that_fails_is_named_and_its_error_kept(own, source, error):
     ) as caught:
         rewards.load(f"{module}:taste")
     assert isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_header_is_what_all_files_share(channels):
+    """Up to the scan's data, and the end marker; the rest of a flat image is a few bytes."""
+    rng = np.random.default_rng(0)
+    shape = (16, 16) if channels == 1 else (16, 16, 3)
+    files = [rewards._jpeg(rng.integers(0, 256, shape).astype(np.uint8)) for _ in range(8)]
+    header = round(1000 * rewards.jpeg_header_kilobytes(channels)) - 2
+    assert len({file[:header] for file in files}) == 1
+    assert len({file[header : header + 8] for file in files}) > 1
+    assert all(file.endswith(b"\xff\xd9") for file in files)
+    assert files[0][header - 3 : header] == bytes([0, 63, 0])  # the end of a baseline scan's header

@@ -150,7 +150,8 @@ def test_what_comes_after_the_checkpoint_is_dropped(tmp_path):
     (tmp_path / "development").mkdir()
     for i in (0, 2, 12, 999, 1000, 1001):
         runs.append_metrics(tmp_path, {"iteration": i})
-        runs.save_development(tmp_path, i, np.full((2, 4, 4, 3), i % 256, np.uint8), np.full(2, i))
+        pictures = np.full((2, 4, 4, 3), i % 256, np.uint8)
+        runs.save_development(tmp_path, i, {"development": (pictures, np.full(2, i))})
     runs.drop_after(tmp_path, 1000)
     assert [row["iteration"] for row in runs.metrics(tmp_path)] == [0, 2, 12, 999, 1000]
     pictures, scores = runs.development(tmp_path)
@@ -184,10 +185,10 @@ def test_files_are_written_all_or_nothing(tmp_path, function):
         assert json.loads((tmp_path / "state.json").read_text()) == {"a": 1}
         assert len(list(tmp_path.iterdir())) == 2
     else:
-        runs.save_development(tmp_path, 0, pictures, np.zeros(1))
+        runs.save_development(tmp_path, 0, {"development": (pictures, np.zeros(1))})
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(np, "savez_compressed", half_written)
-            runs.save_development(tmp_path, 0, pictures, np.ones(1))
+            runs.save_development(tmp_path, 0, {"development": (pictures, np.ones(1))})
         assert [file.name for file in (tmp_path / "development").iterdir()] == ["000.npz"]
         assert runs.development(tmp_path)[1].tolist() == [[0.0]]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ddpo_lib import diversity, encoders, hub, identity, objectives, parallel, policy, rewards, runs
 from ddpo_lib import finetune as loop
-from ddpo_lib import hub, identity, objectives, parallel, policy, rewards, runs
 from ddpo_lib.book import model_cards, paths, profiles
 from ddpo_lib.book.profiles import Run
 
@@ -81,9 +81,11 @@ def finetune(run: Run, on_iteration: Callable | None = None) -> Path:
         base, reward = load_policy(run), load_reward(run)
         with _claimed(run) if parallel.is_main() else contextlib.nullcontext():
             parallel.wait()
+            clip = encoders.load_clip(run.models["clip"])  # for the Vendi scores
             loop.finetune(
                 base, reward, run.objective, run.settings, home(run), seed=run.seed,
                 objective_settings=run.objective_settings, on_iteration=on_iteration,
+                embed=functools.partial(diversity.embed, clip=clip),
             )  # fmt: skip
     folder = home(run)
     if parallel.is_main() and (unfinished or not (folder / "best" / "README.md").exists()):

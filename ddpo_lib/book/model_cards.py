@@ -14,14 +14,23 @@ def save(home: Path) -> None:
     """Write best/README.md: config/model_card.md, filled with what the run's folder holds; with the
     evaluation set's metrics once evaluation.json is there."""
     run, settings = _read(home / "profile.json"), _read(home / "settings.json")["settings"]
-    n, best, done = settings["n_development"], runs.best_iteration(home), runs.iterations_done(home)
+    n, done = settings["n_development"], runs.iterations_done(home)
+    best = runs.best(home)["iteration"]
     rows = runs.metrics(home)
-    development = [(rows[i]["development_reward"], rows[i]["development_sd"]) for i in (0, best)]
-    metrics = {f"development set, {n}": [(mean, sd / n**0.5) for mean, sd in development]}
+    etas = {"development": "0", "stochastic": f"{settings['eta']:g}"}
+    metrics = {}
+    for kind, eta in etas.items():
+        moments = [(rows[i][f"{kind}_reward"], rows[i][f"{kind}_sd"]) for i in (0, best)]
+        own = [f"{mean:.3f} ± {sd / n**0.5:.3f}" for mean, sd in moments]
+        metrics[f"reward, development set, {n}, η = {eta}"] = own
     result = _read(home / "evaluation.json") if (home / "evaluation.json").exists() else {}
     if result.get("iterations") == done:  # the run has not gone on since
-        means = [(result[f"{which}_mean"], result[f"{which}_se"]) for which in ("before", "reward")]
-        metrics[f"evaluation set, {result['n']}"] = means
+        for name, eta in zip(("eta0", "eta1"), etas.values(), strict=True):
+            told, title = result[name], f"evaluation set, {result['n']}, η = {eta}"
+            pairs = [(told[f"{k}_mean"], told[f"{k}_se"]) for k in ("before", "reward")]
+            metrics[f"reward, {title}"] = [f"{mean:.3f} ± {error:.3f}" for mean, error in pairs]
+            vendi = [told["before_vendi"], told["vendi"]]
+            metrics[f"Vendi score, {title}"] = [f"{score:.2f}" for score in vendi]
     repository, _, commit = run["models"]["policy"].rpartition("@")
     base = repository or run["base"]
     licence = next((name for start, name in LICENCES.items() if base.startswith(start)), None)
@@ -36,11 +45,9 @@ def save(home: Path) -> None:
         meaning=f". {getattr(rewards, run['reward']).__doc__.splitlines()[0]}" if known else "",
         licence=f"{licence}, the base's" if licence else "the base's; see there",
         n_steps=settings["n_steps"],
-        metrics=_table(
-            (name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in means))
-            for name, means in metrics.items()
-        ),
+        metrics=_table((name, *own) for name, own in metrics.items()),
         best=best,
+        sampler=f"at η = {etas[settings['select_by']]}",
         done=done,
         settings=_table({"seed": run["seed"], **settings, **run["objective_settings"]}.items()),
     )

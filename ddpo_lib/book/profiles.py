@@ -75,7 +75,7 @@ class Profile:
     finetune: dict
     """Changes to the defaults for every task."""
     runs: list[dict] = field(default_factory=list)
-    """The batch: {policy, task, seed} of each finetuning."""
+    """The batch: {policy, task, seed} of each finetuning, or seeds: how many of them, from 0 up."""
     finetuned: dict[str, dict[str, str]] = field(default_factory=dict)
     """Policy name → task → source of a policy that others finetuned so, to be looked at without a
     run of one's own; also a .pth of the thesis's code."""
@@ -108,9 +108,15 @@ class Profile:
         except ValueError as error:
             raise ValueError(f"finetuning {policy}-{task}: {error}") from None
 
-    def batch(self) -> list[Run]:
-        """Every finetuning of the profile's batch."""
-        return [self.run(**spec) for spec in self.runs]
+    def batch(self, every_seed: bool = False) -> list[Run]:
+        """Every finetuning of the profile's batch; with several seeds the first alone, or all."""
+        runs = []
+        for spec in self.runs:
+            n = spec.get("seeds", 1) if every_seed else 1
+            own = {name: value for name, value in spec.items() if name != "seeds"}
+            first = own.pop("seed", 0)
+            runs += [self.run(**own, seed=seed) for seed in (first, *range(1, n))]
+        return runs
 
     @property
     def is_toy(self) -> bool:
@@ -148,7 +154,7 @@ class Loader(yaml.SafeLoader):
 def _profile(name: str, content) -> Profile:
     parts, needed = _fields(Profile)[1:], ("policies", "models", "tasks")
     content = dict.fromkeys(parts) | _mapping(content, "the file", parts, needed)
-    runs, named = content["runs"] or [], ("policy", "task")
+    runs = content["runs"] or []
     if not isinstance(runs, list):
         raise ValueError(f"runs: must be a list, not {runs!r}")
     _check_names([name])
@@ -162,7 +168,7 @@ def _profile(name: str, content) -> Profile:
         evaluation=Evaluation(**evaluation),
         tasks=_mapping(content["tasks"], "tasks"),
         finetune=_mapping(content["finetune"], "finetune"),
-        runs=[_mapping(run, "runs", (*named, "seed"), named) for run in runs],
+        runs=[_batch_entry(run) for run in runs],
         finetuned={policy: _sources(tasks, policy) for policy, tasks in finetuned.items()},
     )
     pairs = [(policy, task) for policy in profile.policies for task in profile.tasks]
@@ -173,6 +179,17 @@ def _profile(name: str, content) -> Profile:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"runs: {twice} stand twice")
     return profile
+
+
+def _batch_entry(run) -> dict:
+    named = ("policy", "task")
+    run = _mapping(run, "runs", (*named, "seed", "seeds"), named)
+    n = run.get("seeds", 1)
+    if "seed" in run and "seeds" in run:
+        raise ValueError(f"runs: {run} has a seed and a number of seeds: give one of them")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"runs: seeds={n!r}: must be a whole number from 1 up")
+    return run
 
 
 def _settings(*layers: dict) -> dict:

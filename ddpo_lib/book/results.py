@@ -1,4 +1,8 @@
-"""Evaluation sets of a profile's policies before and after finetuning, and what comes of them."""
+"""Evaluation sets of a profile's policies before and after finetuning, and what comes of them.
+
+Every set is drawn by two samplers from the same initial noise: at eta = 0, and as in training,
+which in the tables is called eta1.
+"""
 
 import dataclasses
 import json
@@ -7,27 +11,30 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from ddpo_lib import encoders, evaluation, policy, runs
+from ddpo_lib import diversity, encoders, evaluation, policy, runs
 from ddpo_lib.book import finetuning, model_cards, paths
 from ddpo_lib.book.profiles import Evaluation, Profile, Run
 from ddpo_lib.evaluation import standard_error
 
 COLUMNS = [
-    "policy", "task", "n", "baseline_mean", "baseline_sd", "baseline_se",
-    "ddpo_mean", "ddpo_se", "effect_size",
+    "policy", "task", "n", "baseline_mean", "baseline_sd", "baseline_se", "ddpo_mean", "ddpo_se",
+    "effect_size", "ddpo_eta1_mean", "ddpo_eta1_se", "effect_size_eta1", "vendi_ratio",
+    "vendi_ratio_eta1",
 ]  # fmt: skip
 
 
-def pretrained_pictures(profile: Profile, policy_name: str, bf16: bool | None = None) -> np.ndarray:
+def pretrained_pictures(
+    profile: Profile, policy_name: str, bf16: bool | None = None, eta: float = 0.0
+) -> np.ndarray:
     """The evaluation set of a pretrained policy of the profile, uint8 (n, H, W, C); bf16 as in
     `policy.load`, by default the profile's."""
     bf16 = profile.finetune.get("bf16", True) if bf16 is None else bf16
     folder = paths.RUNS / profile.name / f"{policy_name}-pretrained"
     cache = folder / ("evaluation.npz" if bf16 else "evaluation-float32.npz")
-    return pictures(profile.policies[policy_name], profile.evaluation, cache, bf16)
+    return pictures(profile.policies[policy_name], profile.evaluation, cache, bf16, eta=eta)
 
 
-def finetuned_pictures(profile: Profile, run: Run) -> np.ndarray:
+def finetuned_pictures(profile: Profile, run: Run, eta: float = 0.0) -> np.ndarray:
     """The evaluation set of a run's best checkpoint, uint8 (n, H, W, C); of a run that was never
     begun the published policy's, if the profile names one."""
     home, published = finetuning.home(run), profile.published(run)
@@ -35,17 +42,24 @@ def finetuned_pictures(profile: Profile, run: Run) -> np.ndarray:
     if published and not finetuning.begun(run):
         home, base = home.with_name(f"{run.policy}-{run.task}-published"), run.source
         source = published
-    return pictures(source, profile.evaluation, home / "evaluation.npz", run.settings.bf16, base)
+    cache = home / "evaluation.npz"
+    return pictures(source, profile.evaluation, cache, run.settings.bf16, base, eta)
 
 
 def pictures(
-    source: str, settings: Evaluation, cache: Path, bf16: bool = True, base: str | None = None
+    source: str,
+    settings: Evaluation,
+    cache: Path,
+    bf16: bool = True,
+    base: str | None = None,
+    eta: float = 0.0,
 ) -> np.ndarray:
     """The evaluation set of one policy, uint8 (n, H, W, C); source, bf16 and base as in
-    `policy.load`. The cache, an .npz, is made again if it cannot be read or is of other settings or
-    another policy."""
+    `policy.load`. The cache, an .npz, above eta = 0 one beside it, is made again if it cannot be
+    read or is of other settings or another policy."""
     models = [finetuning.identify(each) for each in (source, base) if each]
-    key = json.dumps([dataclasses.asdict(settings), models, bf16])
+    key = json.dumps([dataclasses.asdict(settings), models, bf16, float(eta)])
+    cache = cache if eta == 0 else cache.with_stem(f"{cache.stem}-eta{eta:g}")
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):  # who comes second finds it made
         try:
@@ -56,7 +70,8 @@ def pictures(
             pass
         agent = policy.load(source, bf16=bf16, base=base)
         n, n_steps, seed = dataclasses.astuple(settings)
-        drawn = evaluation.draw(agent, n, n_steps, seed, progress=f"evaluation set, {n}")
+        label = f"evaluation set, {n} at η = {eta:g}"
+        drawn = evaluation.draw(agent, n, n_steps, seed, eta, progress=label)
         with runs.replacing(cache) as draft:
             np.savez(draft, pictures=drawn, key=key)
     return drawn
@@ -67,35 +82,57 @@ def finish(profile: Profile, run: Run) -> dict:
     model card. ValueError if the run was not begun."""
     if not finetuning.begun(run):
         raise ValueError(f"{run.name} was not begun: finetune it first")
-    home, (before, after) = finetuning.home(run), _scores(profile, run)
-    result = {
-        "n": len(after),
-        "iterations": runs.iterations_done(home),
-        "reward_mean": float(after.mean()),
-        "reward_sd": float(after.std(ddof=1)),
-        "reward_se": float(standard_error(after)),
-        "before_mean": float(before.mean()),
-        "before_se": float(standard_error(before)),
-    }
+    home = finetuning.home(run)
+    clip = encoders.load_clip(profile.models["clip"])
+    samplers = {name: measure(profile, run, eta, clip) for name, eta in etas(run).items()}
+    result = {"n": profile.evaluation.n, "iterations": runs.iterations_done(home), **samplers}
     runs.write_json(home / "evaluation.json", result)
     model_cards.save(home)
     return result
 
 
+def etas(run: Run) -> dict[str, float]:
+    """The two samplers: the name of each in tables, and its eta."""
+    return {"eta0": 0.0, "eta1": run.settings.eta}
+
+
+def measure(profile: Profile, run: Run, eta: float, clip: encoders.Clip) -> dict[str, float]:
+    """What finetuning did to the evaluation set at eta: rewards and Vendi scores before and after,
+    of faces also the share of those aged 50 or over."""
+    sets = _sets(profile, run, eta)
+    before, after = scores(profile, run, eta)
+    vendi = [diversity.vendi_score(diversity.embed(images, clip)) for images in sets]
+    result = {
+        "before_mean": before.mean(), "before_sd": before.std(ddof=1),
+        "before_se": standard_error(before), "reward_mean": after.mean(),
+        "reward_sd": after.std(ddof=1), "reward_se": standard_error(after),
+        "effect_size": evaluation.change(before, after),
+        "before_vendi": vendi[0], "vendi": vendi[1], "vendi_ratio": vendi[1] / vendi[0],
+    }  # fmt: skip
+    if run.policy == "faces":
+        shares = [share_over_50(images, profile.models)[0] for images in sets]
+        result |= {"before_share_over_50": shares[0], "share_over_50": shares[1]}
+    return {name: float(value) for name, value in result.items()}
+
+
 def table_5_1(profile: Profile, table_runs: list[Run]):
     """A DataFrame of `COLUMNS`: mean and standard error before and after, from the same noise; of
     JPEG tasks in kB. The effect size is the change of the mean reward in standard deviations of the
-    pretrained policy's, positive in the intended direction."""
+    pretrained policy's, positive in the intended direction; the Vendi ratio the share of the
+    pretrained policy's Vendi score that is left. What ends in eta1 is by the training sampler,
+    against the pretrained policy's set by that sampler."""
     import pandas as pd
 
-    rows = []
+    rows, clip = [], encoders.load_clip(profile.models["clip"])
     for run in table_runs:
-        before, after = _scores(profile, run)
+        still, noisy = (measure(profile, run, eta, clip) for eta in etas(run).values())
         sign = -1 if run.reward == "jpeg_compressibility" else 1
         rows.append([
-            run.policy, run.task, len(after),
-            sign * before.mean(), before.std(ddof=1), standard_error(before),
-            sign * after.mean(), standard_error(after), evaluation.change(before, after),
+            run.policy, run.task, profile.evaluation.n,
+            sign * still["before_mean"], still["before_sd"], still["before_se"],
+            sign * still["reward_mean"], still["reward_se"], still["effect_size"],
+            sign * noisy["reward_mean"], noisy["reward_se"], noisy["effect_size"],
+            still["vendi_ratio"], noisy["vendi_ratio"],
         ])  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -109,9 +146,12 @@ def share_over_50(images: np.ndarray, models: dict[str, str]) -> tuple[float, fl
     return old.mean(), standard_error(old)
 
 
-def _scores(profile: Profile, run: Run) -> list[np.ndarray]:
+def scores(profile: Profile, run: Run, eta: float = 0.0) -> list[np.ndarray]:
     """Of the evaluation set before and after, (n,) each, entry i of both from the same noise."""
     reward = finetuning.load_reward(run)
-    before = pretrained_pictures(profile, run.policy, run.settings.bf16)
-    sets = (before, finetuned_pictures(profile, run))
-    return [evaluation.score(images, reward) for images in sets]
+    return [evaluation.score(images, reward) for images in _sets(profile, run, eta)]
+
+
+def _sets(profile: Profile, run: Run, eta: float) -> list[np.ndarray]:
+    before = pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
+    return [before, finetuned_pictures(profile, run, eta)]

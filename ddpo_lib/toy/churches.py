@@ -11,7 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ddpo_lib.toy.drawing import SUPERSAMPLE, box, col, ellipse, grid, mix, paint, shrink, soft
+from ddpo_lib.toy.drawing import (
+    SIZE,
+    SUPERSAMPLE,
+    box,
+    col,
+    ellipse,
+    grid,
+    mix,
+    paint,
+    shrink,
+    soft,
+)
 
 Factors = dict[str, np.ndarray]
 
@@ -51,7 +62,7 @@ HILL, TOWN, PATH, WOOD, PANE, GLOW, STAR, CROSS = _palette(
 )  # fmt: skip
 
 HORIZON, GROUND = 0.36, 0.58  # heights of the skyline and of the church's foot
-# Star (column, row) on the 32 x 32 raster, at pixel centres so that each star is one crisp point.
+# Star (column, row) on a 32 x 32 raster, at its pixels' centres: four pixels of 64 x 64 each.
 STARS = np.array(
     [(1, 2), (5, 0), (12, 8), (3, 9), (12, 1), (18, 4),
      (21, 0), (19, 9), (27, 2), (30, 6), (29, 11), (6, 12)]
@@ -145,7 +156,7 @@ def sample_factors(n: int, rng: np.random.Generator) -> Factors:
 FACTORS = tuple(sample_factors(0, np.random.default_rng(0)))
 
 
-def draw(factors: Factors, size: int = 32) -> np.ndarray:
+def draw(factors: Factors, size: int = SIZE) -> np.ndarray:
     """Paint the pictures: uint8 (N, size, size, 3)."""
     n, chunk = len(factors["time"]), 64  # a chunk's masks stay within the processor's cache
     pictures = np.empty((n, size, size, 3), np.uint8)

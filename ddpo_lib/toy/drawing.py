@@ -8,6 +8,8 @@ larger than asked and averaged down, so edges are smooth.
 import numpy as np
 import torch
 
+SIZE = 64
+"""Height and width of the toy world's pictures."""
 SUPERSAMPLE = 3
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ddpo_lib.encoders import AGE_CLASSES, Clip, embed_images, embed_texts
+from ddpo_lib.toy.drawing import SIZE
 from ddpo_lib.toy.faces import AGE_BOUNDS
 from ddpo_lib.toy.training import DEVICE, DOMAINS, Drawn, fit, pick
 
@@ -31,12 +32,12 @@ SUBJECT = {"faces": "a person", "churches": "a church"}
 RARE = 100  # phrases that are said of fewer pictures are left out
 
 # timm's smallest plain convolutional network: with so few pictures it learns glasses and smiles,
-# which take a vision transformer several times as long. It halves its input five times, hence 64.
+# which take a vision transformer several times as long.
 VISION = {
     "timm_model_name": "test_byobnet",
     "timm_pool": "abs_attn",
     "timm_proj": "linear",
-    "image_size": 64,
+    "image_size": SIZE,
 }
 TEXT = {"context_length": CONTEXT_LENGTH, "width": 64, "heads": 2, "layers": 2}
 EMBED_DIM = 256
@@ -210,7 +211,7 @@ def train_age_classifier(drawn: Drawn, folder: Path, seed: int, n_steps: int = A
     classes = torch.from_numpy(age_class(drawn.factors["age"])).to(DEVICE)
     labels = dict(enumerate(AGE_CLASSES))
     config = ViTConfig(
-        image_size=32, patch_size=4, hidden_size=96, num_hidden_layers=4, num_attention_heads=3,
+        image_size=SIZE, patch_size=8, hidden_size=96, num_hidden_layers=4, num_attention_heads=3,
         intermediate_size=384, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         id2label=labels, label2id={label: i for i, label in labels.items()},
     )  # fmt: skip
@@ -222,5 +223,5 @@ def train_age_classifier(drawn: Drawn, folder: Path, seed: int, n_steps: int = A
 
     fit(model, loss, n_steps, 1e-3, "age")
     model.cpu().save_pretrained(folder)
-    size = {"height": 32, "width": 32}
+    size = {"height": SIZE, "width": SIZE}
     ViTImageProcessor(size=size, image_mean=HALVES, image_std=HALVES).save_pretrained(folder)

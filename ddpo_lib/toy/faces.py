@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ddpo_lib.toy.drawing import col, ellipse, grid, mix, paint, shrink, soft
+from ddpo_lib.toy.drawing import SIZE, col, ellipse, grid, mix, paint, shrink, soft
 
 Factors = dict[str, np.ndarray]
 
@@ -158,7 +158,7 @@ def apparent_age(factors: Factors) -> np.ndarray:
     return factors["age"] * (1 + 0.025 * factors["weathering"])
 
 
-def draw(factors: Factors, size: int = 32) -> np.ndarray:
+def draw(factors: Factors, size: int = SIZE) -> np.ndarray:
     """Pictures (N, size, size, 3), uint8, of N people; the same factors give the same pixels."""
     n = len(factors["age"])
     pictures = np.empty((n, size, size, 3), dtype=np.uint8)

@@ -1,8 +1,13 @@
 """Measure the toy world against what is asked of it: the numbers of data/toy/quality.json."""
 
+import dataclasses
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from ddpo_lib import rewards, sampler
 from ddpo_lib.encoders import (
     OVER50,
     AestheticHead,
@@ -12,34 +17,61 @@ from ddpo_lib.encoders import (
     embed_images,
     embed_texts,
 )
+from ddpo_lib.policy import Policy, steps
 from ddpo_lib.toy.drawing import to_tensor
 from ddpo_lib.toy.encoders import age_class
 from ddpo_lib.toy.regressor import TARGETS, Regressor, estimate
 from ddpo_lib.toy.training import DOMAINS, Drawn, draw
 
-N_HELD_OUT = 2000
+N_HELD_OUT, N_AGREEMENT = 2000, 200
 NEIGHBOURS = 5
 """k of the manifolds. Kynkaanniemi et al. use 3 on 50,000 pictures; on 2,000 the balls around the
 nearest 3 leave holes even between two sets of drawn pictures (see `ceiling` in the result)."""
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a policy draws from one set of initial noise; uint8 (N, 64, 64, 3) each."""
+
+    eta0: np.ndarray
+    eta1: np.ndarray
+    first_step: np.ndarray
+    """The denoised state x~ of the first step, in float32, clipped as the sampler clips it."""
+
+
+def sample(policy: Policy, n: int, n_steps: int, seed: int = 6) -> Samples:
+    """Draw n samples by n_steps steps at eta = 0 and at eta = 1, and look at the first step."""
+    seeds = sampler.seeds(seed, n)
+    x_T = sampler.noise(policy, seeds)
+    options = {"seeds": seeds, "batch_size": 250, "progress": "sampling"}
+    samples = [sampler.sample(policy, x_T, n_steps, eta, **options) for eta in (0.0, 1.0)]
+    t, t_prev = (each[0] for each in steps(policy, n_steps))
+    with torch.no_grad():
+        exact = dataclasses.replace(policy, bf16=False)
+        samples.append(sampler.step(exact, x_T, t, t_prev, eta=0.0).denoised)
+    return Samples(*(rewards.to_uint8(images).numpy() for images in samples))
+
+
 def measure(
-    samples: dict[str, np.ndarray],
+    samples: dict[str, Samples],
     clip: Clip,
     age: AgeClassifier,
     head: AestheticHead,
-    regressor: Regressor,
+    regressors: list[Regressor],
     seed: int = 7,
 ) -> dict:
     """Measure policies and encoders on held-out pictures drawn from `seed`.
 
     Args:
-        samples: domain to pictures that its policy generated, uint8 (N, 32, 32, 3).
+        samples: of each domain's policy.
+        regressors: two, trained from different seeds; the first is the one in use.
 
     Returns:
         nested dictionary of numbers: per domain precision and recall, with the `ceiling` that a
-        fresh set of drawn pictures reaches; faces.share_50_or_over; clip.balanced_accuracy;
-        age.within_one_class and age.auc_50; aesthetic.pair_agreement; regressor.correlation.
+        fresh set of drawn pictures reaches, agreement of the two regressors on samples, and what is
+        to be seen in the first step; for the faces share_50_or_over; `eta1`, the same at eta = 1;
+        clip.balanced_accuracy; age.within_one_class and age.auc_50; aesthetic.pair_agreement;
+        regressor.correlation.
     """
     held_out = {domain: draw(domain, N_HELD_OUT, seed) for domain in DOMAINS}
     fresh = {domain: draw(domain, N_HELD_OUT, seed + 1) for domain in DOMAINS}
@@ -47,18 +79,18 @@ def measure(
     embeddings = {domain: _embed(clip, drawn.pictures) for domain, drawn in held_out.items()}
 
     result: dict = {}
-    for domain, pictures in samples.items():
-        precision, recall = precision_recall(embeddings[domain], _embed(clip, pictures))
-        ceiling = precision_recall(embeddings[domain], _embed(clip, fresh[domain].pictures))
+    for domain, drawn in samples.items():
+        real, people = embeddings[domain], age if domain == "faces" else None
+        ceiling = precision_recall(real, _embed(clip, fresh[domain].pictures))
         result[domain] = {
-            "precision": precision,
-            "recall": recall,
+            **distance(real, clip, drawn.eta0, people),
+            "eta1": distance(real, clip, drawn.eta1, people),
             "ceiling": dict(zip(("precision", "recall"), ceiling, strict=True)),
             "neighbours": NEIGHBOURS,
-            "n": len(pictures),
+            "n": len(drawn.eta0),
+            "agreement": agreement(regressors, drawn.eta0[:N_AGREEMENT], domain),
+            "first_step": first_step(drawn),
         }
-    if "faces" in samples:
-        result["faces"]["share_50_or_over"] = share_50_or_over(age, samples["faces"])
     accuracies = [
         zero_shot_accuracy(clip, drawn, embeddings[domain]) for domain, drawn in held_out.items()
     ]
@@ -71,10 +103,44 @@ def measure(
     result["aesthetic"] = {"pair_agreement": float(np.mean(list(agreements.values())))} | agreements
     result["regressor"] = {
         "correlation": {
-            domain: regressor_correlations(regressor, drawn) for domain, drawn in held_out.items()
+            domain: regressor_correlations(regressors[0], drawn)
+            for domain, drawn in held_out.items()
         }
     }
     return _rounded(result)
+
+
+def distance(
+    real: torch.Tensor, clip: Clip, pictures: np.ndarray, age: AgeClassifier | None
+) -> dict[str, float]:
+    """How far samples are from real ones: precision, recall and, of people, the share of old."""
+    result = dict(
+        zip(("precision", "recall"), precision_recall(real, _embed(clip, pictures)), strict=True)
+    )
+    return result | ({"share_50_or_over": share_50_or_over(age, pictures)} if age else {})
+
+
+def agreement(regressors: list[Regressor], pictures: np.ndarray, domain: str) -> dict[str, float]:
+    """Correlation of what two regressors read in samples (N, 64, 64, 3), factor by factor: where
+    each sees its own, the factor is not legible."""
+    first, second = (estimate(each, to_tensor(pictures), domain) for each in regressors)
+    return {
+        name: np.corrcoef(values.cpu(), second[name].cpu())[0, 1] for name, values in first.items()
+    }
+
+
+def first_step(samples: Samples) -> dict[str, float]:
+    """How much of a sample its first step foretells: the mean correlation of x~ with the sample at
+    eta = 0, both averaged down to 8 x 8, and the share of pixels of x~ with a saturated colour."""
+    low = [
+        F.adaptive_avg_pool2d(to_tensor(pictures), 8).flatten(1).double().numpy()
+        for pictures in (samples.first_step, samples.eta0)
+    ]
+    saturated = ((samples.first_step == 0) | (samples.first_step == 255)).any(axis=3)
+    return {
+        "correlation": np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*low, strict=True)]),
+        "saturated": saturated.mean(),
+    }
 
 
 def precision_recall(
@@ -99,7 +165,7 @@ def precision_recall(
 
 
 def share_50_or_over(age: AgeClassifier, pictures: np.ndarray) -> float:
-    """Share of faces, uint8 (N, 32, 32, 3), whose most probable class is 50 or over."""
+    """Share of faces, uint8 (N, 64, 64, 3), whose most probable class is 50 or over."""
     with torch.no_grad():
         classes = age_logits(age, to_tensor(pictures)).argmax(dim=1)
     return (classes >= OVER50[0]).float().mean().item()

@@ -59,7 +59,7 @@ class Regressor:
     """A frozen network with the names of what it estimates."""
 
     model: nn.Module
-    """Pictures (N, 3, 32, 32) in [-1, 1] to standardised estimates (N, all outputs)."""
+    """Pictures (N, 3, 64, 64) in [-1, 1] to standardised estimates (N, all outputs)."""
     outputs: dict[str, list[str]]
     """Names per domain, in the order of the network's outputs."""
     scale: dict[str, list[list[float]]]
@@ -72,7 +72,7 @@ def estimate(
     """Estimate what is true of pictures.
 
     Args:
-        images: float batch (N, 3, 32, 32) in [-1, 1].
+        images: float batch (N, 3, 64, 64) in [-1, 1].
         domain: "faces" or "churches".
 
     Returns:
@@ -165,8 +165,8 @@ def _natural_scale(domain: str, rng: np.random.Generator) -> list[list[float]]:
 
 
 def _network(n_outputs: int) -> nn.Sequential:
-    """Four strided convolutions and two linear layers, 0.27 M parameters."""
-    layers, channels = [], (3, 24, 48, 80, 112)
+    """Five convolutions, all but the first strided, and two linear layers, 0.3 M parameters."""
+    layers, channels = [], (3, 16, 32, 64, 96, 112)
     for i, (inward, outward) in enumerate(zip(channels, channels[1:], strict=False)):
         layers += [
             nn.Conv2d(inward, outward, 3, stride=1 if i == 0 else 2, padding=1),

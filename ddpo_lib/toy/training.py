@@ -25,7 +25,7 @@ class Drawn:
     domain: str
     """A key of DOMAINS."""
     pictures: np.ndarray
-    """uint8 (N, 32, 32, 3)."""
+    """uint8 (N, 64, 64, 3)."""
     factors: dict[str, np.ndarray]
     """Each (N,)."""
 

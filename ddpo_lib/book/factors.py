@@ -1,0 +1,48 @@
+"""What can be measured of an image: factors that a regressor reads, and three numbers of pixels."""
+
+import numpy as np
+import torch
+
+from ddpo_lib import evaluation, rewards
+from ddpo_lib.book import results
+from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib.toy import regressor
+
+
+def measure(
+    pictures: np.ndarray, policy: str, judge: regressor.Regressor | None
+) -> dict[str, np.ndarray]:
+    """Name → (n,) of uint8 pictures (n, H, W, 3).
+
+    Of the judge, None where pictures are no drawings' kin: the factors in standard deviations of
+    natural drawings. From the pixels: brightness, the mean grey level; detail, the mean step from a
+    pixel to its neighbour on the right; corner detail, the same in the two upper corners, where a
+    face has its background and a church its sky.
+    """
+    grey = pictures.mean(3)
+    steps = np.abs(np.diff(grey, axis=2))
+    quarter = pictures.shape[1] // 4
+    corners = np.concatenate([steps[:, :quarter, :quarter], steps[:, :quarter, -quarter:]], axis=2)
+    pixels = {"brightness": grey, "detail": steps, "corner_detail": corners}
+    factors = estimates(pictures, policy, judge) if judge else {}
+    return factors | {name: values.mean((1, 2)) for name, values in pixels.items()}
+
+
+def estimates(
+    pictures: np.ndarray, policy: str, judge: regressor.Regressor
+) -> dict[str, np.ndarray]:
+    """The factors alone: name → (n,), without the taste."""
+    images = rewards.from_uint8(torch.from_numpy(pictures))
+    values = regressor.estimate(judge, images, policy)
+    return {name: own.double().cpu().numpy() for name, own in values.items() if name != "taste"}
+
+
+def shifts(
+    profile: Profile, run: Run, eta: float, judge: regressor.Regressor | None
+) -> dict[str, float]:
+    """Measure → its change by finetuning, in standard deviations of the pretrained policy's, on the
+    evaluation set at eta."""
+    before = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
+    after = results.finetuned_pictures(profile, run, eta)
+    old, new = (measure(each, run.policy, judge) for each in (before, after))
+    return {name: float(evaluation.change(old[name], new[name])) for name in old}

@@ -1,0 +1,128 @@
+"""What several seeds say: `make seeds`, or `python -m ddpo_lib.book.seeds toy` when all are there.
+
+Three tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a
+row a finished run; factor_shifts.csv, what else has changed in its images; and, in the toy world,
+fooled.csv, the long runs from iteration to iteration.
+"""
+
+import functools
+import json
+import sys
+
+import numpy as np
+import torch
+
+from ddpo_lib import evaluation, rewards, runs
+from ddpo_lib.book import factors, finetuning, paths, profiles, results
+from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib.toy import regressor
+
+COLUMNS = [
+    "policy", "task", "seed", "effect_size", "effect_size_eta1", "vendi_ratio", "vendi_ratio_eta1",
+    "share_over_50",
+]  # fmt: skip
+FOOLED_COLUMNS = [
+    "policy", "task", "seed", "sampler", "iteration", "proxy", "truth", "second_truth", "vendi",
+]  # fmt: skip
+FOOLED = "aesthetic-fooled"
+"""The task that is driven on until the learned reward and the true one part."""
+
+
+def table(profile: Profile):
+    """A DataFrame of `COLUMNS`, a row for every finished run of the batch and its other seeds;
+    effect sizes and Vendi ratios as in `results.table_5_1`, share_over_50 of faces alone."""
+    import pandas as pd
+
+    rows = []
+    for run in finished(profile):
+        file = finetuning.home(run) / "evaluation.json"
+        told = json.loads(file.read_text(encoding="utf-8"))
+        still, noisy = told["eta0"], told["eta1"]
+        rows.append([
+            run.policy, run.task, run.seed, still["effect_size"], noisy["effect_size"],
+            still["vendi_ratio"], noisy["vendi_ratio"], still.get("share_over_50", np.nan),
+        ])  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS).round(4)
+
+
+def factor_shifts(profile: Profile):
+    """A DataFrame, a row a finished run, sampler and measure: see `factors.shifts`."""
+    import pandas as pd
+
+    judge = regressor.load_regressor(paths.TOY / "regressor") if profile.is_toy else None
+    rows = [
+        [run.policy, run.task, run.seed, sampler, name, d]
+        for run in finished(profile)
+        for sampler, eta in results.etas(run).items()
+        for name, d in factors.shifts(profile, run, eta, judge).items()
+    ]
+    return pd.DataFrame(rows, columns=["policy", "task", "seed", "sampler", "factor", "d"]).round(4)
+
+
+def intervals(seeds, column: str, by=("policy", "task"), n_together: int = 1):
+    """Of a table of seeds, the mean of a column over each task's seeds with its 95 % interval by
+    Student's t: a DataFrame of mean, low, high and n by (policy, task); NaN for one seed. With
+    n_together the intervals hold for so many of them at once (Bonferroni)."""
+    found = seeds.groupby(list(by), sort=False)[column].agg(mean="mean", sd="std", n="count")
+    reach = found.sd * [t_factor(n, n_together) for n in found.n]
+    return found.assign(low=found["mean"] - reach, high=found["mean"] + reach).drop(columns="sd")
+
+
+def t_factor(n: int, n_together: int = 1) -> float:
+    """Half the width of the 95 % interval of a mean of n, in standard deviations of the n."""
+    from scipy.stats import t
+
+    return t.ppf(1 - 0.025 / n_together, n - 1) / n**0.5 if n > 1 else np.nan
+
+
+def fooled(profile: Profile, of: list[Run]):
+    """A DataFrame of `FOOLED_COLUMNS`: means over the development sets of runs, the proxy (the
+    reward that is optimised) and the rater's true taste, as two regressors of different seeds read
+    it, in standard deviations of the pretrained policy's evaluation set from that set's mean."""
+    import pandas as pd
+
+    judges = [regressor.load_regressor(paths.TOY / n) for n in ("regressor", "second-regressor")]
+    rows = []
+    for run in of:
+        home, reward = finetuning.home(run), finetuning.load_reward(run)
+        metrics = runs.metrics(home)
+        for kind, eta in (("development", 0.0), ("stochastic", run.settings.eta)):
+            base = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
+            views = [functools.partial(evaluation.score, reward=reward)]
+            views += [functools.partial(taste, policy=run.policy, judge=j) for j in judges]
+            origin = [(values.mean(), values.std(ddof=1)) for values in (v(base) for v in views)]
+            for i, drawn in enumerate(runs.development(home, kind)[0]):
+                seen = zip(views, origin, strict=True)
+                means = [(view(drawn).mean() - mean) / sd for view, (mean, sd) in seen]
+                vendi = metrics[i][f"{kind}_vendi"]
+                rows.append([run.policy, run.task, run.seed, f"eta{eta:g}", i, *means, vendi])
+    return pd.DataFrame(rows, columns=FOOLED_COLUMNS).round(4)
+
+
+def taste(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> np.ndarray:
+    """The rater's true score of uint8 pictures (n, H, W, C), as a regressor reads it, (n,)."""
+    images = rewards.from_uint8(torch.from_numpy(pictures))
+    return regressor.estimate(judge, images, policy)["taste"].double().cpu().numpy()
+
+
+def finished(profile: Profile, task: str | None = None) -> list[Run]:
+    """The runs of the batch, all seeds, that are complete; of one task, or of all."""
+    wanted = [run for run in profile.batch(every_seed=True) if task in (None, run.task)]
+    return [run for run in wanted if finetuning.is_complete(run)]
+
+
+def main(name: str) -> None:
+    profile = profiles.load(name)
+    folder = paths.OUTPUT / "data" / "seeds" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
+    if profile.is_toy:
+        tables["fooled"] = fooled(profile, finished(profile, FOOLED))
+    for title, rows in tables.items():
+        with runs.replacing(folder / f"{title}.csv") as draft:
+            rows.to_csv(draft, index=False)
+        print(f"{folder / title}.csv: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

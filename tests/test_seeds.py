@@ -1,0 +1,160 @@
+"""What several seeds say: intervals, shifts of factors, the fooled run; and the control's reward."""
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from ddpo_lib import diversity, evaluation, runs
+from ddpo_lib.book import factors, finetuning, profiles, results, seeds
+from ddpo_lib.toy import control, regressor
+from ddpo_lib.toy.training import draw
+
+
+def table(values, policy="faces", task="aesthetic"):
+    rows = [[policy, task, seed, value] for seed, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=["policy", "task", "seed", "d"])
+
+
+def test_interval_is_students(rng=np.random.default_rng(0)):
+    values = rng.normal(2, 1, 5)
+    of = seeds.intervals(table(values), "d").loc["faces", "aesthetic"]
+    low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
+    assert (of["mean"], of.n) == (pytest.approx(values.mean()), 5)
+    assert (of.low, of.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_intervals_that_hold_together_are_wider():
+    values = [1.0, 2.0, 4.0]
+    alone, many = (seeds.intervals(table(values), "d", n_together=n).iloc[0] for n in (1, 10))
+    low, _ = stats.t.interval(1 - 0.05 / 10, 2, np.mean(values), stats.sem(values))
+    assert many.low == pytest.approx(low) and many.low < alone.low < alone.high < many.high
+
+
+def test_one_seed_has_no_interval():
+    of = seeds.intervals(table([3.0]), "d").iloc[0]
+    assert of["mean"] == 3 and np.isnan(of.low) and np.isnan(of.high)
+
+
+def test_tasks_are_kept_apart_and_in_order():
+    both = pd.concat([table([1, 3], task="over50"), table([5, 7], policy="churches")])
+    of = seeds.intervals(both, "d")
+    assert list(of.index) == [("faces", "over50"), ("churches", "aesthetic")]
+    assert of["mean"].tolist() == [2, 6]
+
+
+# ------------------------------------------------------------------------------- measures
+
+
+def test_pixel_measures_by_hand():
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    images[0] = 30
+    images[1, :, ::2] = 90  # stripes: every step to the right is 90 up or down
+    images[1, 4:, :] = 0  # in the upper half alone
+    of = factors.measure(images, "faces", None)
+    assert of["brightness"].tolist() == [30, 22.5]
+    assert of["detail"].tolist() == [0, 45]
+    # Of the two upper corners, 2 x 2 of the 8 x 7 steps each.
+    assert of["corner_detail"].tolist() == [0, 90]
+
+
+def test_factors_are_the_judges():
+    pictures = draw("faces", 6, 0).pictures
+    model = regressor._network(25).eval()
+    outputs = {name: list(of) for name, of in regressor.TARGETS.items()}
+    judge = regressor.Regressor(model, outputs, {})
+    of = factors.measure(pictures, "faces", judge)
+    assert {*of} == {*outputs["faces"], "brightness", "detail", "corner_detail"} - {"taste"}
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        expected = model(images)[:, outputs["faces"].index("smile")]
+    np.testing.assert_allclose(of["smile"], expected, rtol=1e-4, atol=1e-5)
+    taste = seeds.taste(pictures, "faces", judge)
+    np.testing.assert_allclose(taste, model(images)[:, 0].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_shift_is_in_standard_deviations_of_before(monkeypatch):
+    rng = np.random.default_rng(0)
+    sets = {eta: rng.integers(40, 90, (10, 8, 8, 3)).astype(np.uint8) for eta in (0.0, 1.0)}
+    monkeypatch.setattr(results, "pretrained_pictures", lambda p, name, bf16, eta: sets[eta])
+    monkeypatch.setattr(results, "finetuned_pictures", lambda p, run, eta: sets[eta] + 10)
+    run = profiles.load("toy").run("faces", "aesthetic")
+    for eta, before in sets.items():
+        shift = factors.shifts(None, run, eta, None)
+        sd = before.mean((1, 2, 3)).std(ddof=1)
+        assert shift["brightness"] == pytest.approx(10 / sd)
+        assert shift["detail"] == pytest.approx(0, abs=1e-9)
+
+
+# ------------------------------------------------------------------------------- the fooled run
+
+
+def test_fooled_run_is_measured_from_the_pretrained_policys_set(tmp_path, monkeypatch):
+    """A proxy that reads brightness and judges that read its opposite: they part."""
+    run = profiles.load("toy").run("faces", seeds.FOOLED)
+    base = np.linspace(50, 150, 12).astype(np.uint8)[:, None, None, None].repeat(4, 1)
+    base = np.broadcast_to(base, (12, 4, 4, 3)).copy()
+    sets = [base, base + 20]
+    home = tmp_path / "run"
+    (home / "development").mkdir(parents=True)
+    for i, drawn in enumerate(sets):
+        both = {kind: (drawn, np.zeros(12)) for kind in ("development", "stochastic")}
+        runs.save_development(home, i, both)
+        runs.append_metrics(home, {"development_vendi": 3.0 - i, "stochastic_vendi": 2.0 - i})
+    monkeypatch.setattr(finetuning, "home", lambda run: home)
+    monkeypatch.setattr(finetuning, "load_reward", lambda run: lambda x: x.mean((1, 2, 3)))
+    monkeypatch.setattr(results, "pretrained_pictures", lambda *arguments: base)
+    signs = itertools.cycle([-1, -2])
+    monkeypatch.setattr(regressor, "load_regressor", lambda folder: next(signs))
+    monkeypatch.setattr(seeds, "taste", lambda x, policy, judge: judge * x.mean((1, 2, 3)))
+    of = seeds.fooled(profiles.load("toy"), [run])
+    assert of.columns.tolist() == seeds.FOOLED_COLUMNS
+    assert of.sampler.tolist() == ["eta0", "eta0", "eta1", "eta1"]
+    step = 20 / base.mean((1, 2, 3)).std(ddof=1)
+    for name, gain in (("proxy", step), ("truth", -step), ("second_truth", -step)):
+        np.testing.assert_allclose(of[name], [0, gain, 0, gain], atol=1e-3)
+    assert of.vendi.tolist() == [3, 2, 2, 1]
+
+
+# ------------------------------------------------------------------------------- the control
+
+
+def test_control_is_random_and_the_same_for_the_same_image():
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.rand(2000, 3, 4, 4, generator=generator) - 1
+    scores = control.random(images)
+    assert abs(scores.mean()) < 0.08 and abs(scores.std() - 1) < 0.06
+    assert control.random(images[::2]).equal(scores[::2])
+    near = images.clone()
+    near[:, 0, 0, 0] += 0.02 * torch.where(near[:, 0, 0, 0] > 0, -1, 1)  # two grey levels
+    assert abs(np.corrcoef(control.random(near), scores)[0, 1]) < 0.08
+
+
+def test_spread_by_hand():
+    images = np.zeros((2, 1, 2, 3), np.uint8)
+    images[1, 0, 0] = 255  # one of two pixels goes from -1 to 1: a deviation of 1, in half of all
+    assert diversity.spread(images) == pytest.approx(0.5**0.5)
+    assert diversity.spread(images[[0, 0]]) == 0
+    assert diversity.spread(images) == pytest.approx(diversity.spread(images[::-1]))
+
+
+def test_stored_seeds_are_of_the_profiles_runs():
+    """Where `make seeds` has been run; five seeds of every task of Table 5.1."""
+    from ddpo_lib.book import paths
+
+    file = paths.ROOT / "data" / "seeds" / "toy" / "table_5_1_seeds.csv"
+    if not file.exists():
+        pytest.skip("no seeds are stored")
+    stored = pd.read_csv(file)
+    assert stored.columns.tolist() == seeds.COLUMNS
+    wanted = [(r.policy, r.task, r.seed) for r in profiles.load("toy").batch(every_seed=True)]
+    found = list(zip(stored.policy, stored.task, stored.seed, strict=True))
+    assert set(found) <= set(wanted) and len(found) == len(set(found))
+    published = pd.read_csv(paths.THESIS / "table_5_1.csv")
+    sizes = stored.groupby(["policy", "task"]).size()
+    assert all(sizes["churches" if "church" in r.policy else "faces", r.task] == 5
+               for r in published.itertuples())  # fmt: skip
