@@ -21,7 +21,6 @@ AGE_CLASSES = ("0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69
 """FairFace's nine age classes, in the order of the classifier's logits."""
 UNDER30 = (0, 1, 2, 3)
 OVER50 = (6, 7, 8)
-
 LAION_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
@@ -86,9 +85,8 @@ def load_clip(source: str | Path, device: str | None = None) -> Clip:
     else:
         needed = "a folder in open_clip's format or a name such as 'ViT-L-14:openai'"
         raise FileNotFoundError(f"no CLIP model at {source!r}: give {needed}")
-    options["require_pretrained"] = True
     try:
-        model, _, _ = open_clip.create_model_and_transforms(name, **options)
+        model = open_clip.create_model_and_transforms(name, require_pretrained=True, **options)[0]
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         raise _unreadable(source, "a CLIP model", error) from error
@@ -119,9 +117,8 @@ def load_aesthetic_head(source: str | Path, device: str | None = None) -> Aesthe
     _require(weights.parent, "an aesthetic head's folder", weights.name)
     pickled = weights.suffix == ".pth"
     if pickled and (found := hashlib.sha256(weights.read_bytes()).hexdigest()) != LAION_HEAD_SHA256:
-        advice = "Fetch it again; save a head of your own as model.safetensors"
-        title = f"{weights} is not the head that LAION published"
-        raise ValueError(f"{title}: its sha256 is {found}. {advice}")
+        title = f"{weights} is not the head that LAION published: its sha256 is {found}"
+        raise ValueError(f"{title}. Fetch it again; save a head of your own as model.safetensors")
     try:
         state = torch.load(weights, "cpu", weights_only=True) if pickled else load_file(weights)
         head = AestheticHead(state["layers.0.weight"].shape[1])
@@ -168,11 +165,10 @@ def age_logits(classifier: AgeClassifier, images, batch_size: int = 250) -> torc
 
 def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, resize) -> torch.Tensor:
     """Resize and standardise: what image processors do, on tensors."""
-    size = encoder.image_size
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"expected square RGB images (N, 3, S, S), got {tuple(images.shape)}")
-    if images.shape[-1] != size:
-        images = resize(images, size)
+    if images.shape[-1] != encoder.image_size:
+        images = resize(images, encoder.image_size)
     mean, std = (images.new_tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
     return ((images + 1) / 2 - mean) / std
 

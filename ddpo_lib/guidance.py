@@ -1,12 +1,10 @@
 """Classifier guidance: a policy whose noise prediction leans towards what a loss asks for.
 
-Guidance needs no training and no change of the sampler. `guide` returns a policy like any other, so
-`sampler.sample`, `sampler.rollout` and `sampler.denoised` take it as it is.
+It needs no training: `guide` returns a policy like any other, which `sampler` takes as it is.
 """
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -20,8 +18,7 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 def clip_distance(clip: Clip, prompt: str) -> Loss:
     """1 - cosine between the CLIP embeddings of an image and of the prompt, in [0, 2]."""
-    with torch.no_grad():
-        text = embed_texts(clip, [prompt])[0]
+    text = embed_texts(clip, [prompt])[0].detach()
     return lambda images: 1 - embed_images(clip, images) @ text
 
 
@@ -32,12 +29,11 @@ def gradient(policy, loss: Loss, x_t, t, context=None) -> tuple[torch.Tensor, to
     blind in noise. So the gradient passes through the denoiser. x~ is not clamped, because a
     clamp passes no gradient at saturated pixels. Arguments as in `policy.transition`.
 
-    Returns:
-        grad_{x_t} loss(x~_{t→0}) and, as it is there already, eps_theta(x_t, t); each like x_t.
+    Returns grad_{x_t} loss(x~_{t→0}) and, as it is there already, eps_theta(x_t, t); like x_t each.
     """
     # At high noise the derivative is a small difference of large terms, divided by a small
     # sqrt(alpha_bar_t). In bfloat16 it points elsewhere (cosine with float32's about 0.7).
-    policy = dataclasses.replace(policy, bf16=False)
+    policy = replace(policy, bf16=False)
     a_t = policy.alpha_bar_at(t)
     with torch.enable_grad():  # samplers run without
         x_t = x_t.detach().requires_grad_()
@@ -46,8 +42,7 @@ def gradient(policy, loss: Loss, x_t, t, context=None) -> tuple[torch.Tensor, to
         n, shape = len(x_t), tuple(values.shape)
         if shape != (n,):
             raise ValueError(f"loss returned shape {shape} for {n} images: it must be shape ({n},)")
-        (grad,) = torch.autograd.grad(values.sum(), x_t)
-    return grad, eps.detach()
+        return torch.autograd.grad(values.sum(), x_t)[0], eps.detach()
 
 
 def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
@@ -65,8 +60,7 @@ def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
         raise ValueError(f"scale={scale}: gamma must be a number from 0 up; or negate the loss")
     # What takes the network's place gives eps, also where the network gives v.
     settings = configuration(policy.scheduler) | {"prediction_type": "epsilon"}
-    scheduler = policy.scheduler.from_config(settings)
-    return Policy(_Guided(policy, loss, scale), scheduler, bf16=False)
+    return Policy(_Guided(policy, loss, scale), policy.scheduler.from_config(settings), bf16=False)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ def locate(source: str) -> tuple[str, str | None] | None:
     if tag:
         import open_clip  # takes seconds, and most sources do without
 
-        recipe = open_clip.get_pretrained_cfg(architecture, tag)
-        name = recipe.get("hf_hub", "").rpartition("/")[0]
+        name = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "").rpartition("/")[0]
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         return None
     return name, revision or None
@@ -41,22 +40,19 @@ def locate(source: str) -> tuple[str, str | None] | None:
 def commit(source: str) -> str | None:
     """The commit that a source stands for, looked up once in a process; None for a local one.
     Where the Hub is out of reach, it is what the cache took for this revision last."""
-    place = locate(source)
-    if place is None:
+    if (place := locate(source)) is None:
         return None
     from huggingface_hub import HfApi, constants
 
-    offline = constants.HF_HUB_OFFLINE
+    where = {"revision": place[1], "local_files_only": constants.HF_HUB_OFFLINE}
     with explained(source):
-        found = HfApi().resolve_revision(place[0], revision=place[1], local_files_only=offline)
-    return found.resolved
+        return HfApi().resolve_revision(place[0], **where).resolved
 
 
 def fetch(kind: str, source: str) -> Path:
     """The folder with a model's files, or its only file; a local source is returned as it is. What
     the cache lacks is downloaded. `kind` is "policy", or one of `FILES`."""
-    place = locate(source)
-    if place is None:
+    if (place := locate(source)) is None:
         return Path(source)
     from huggingface_hub import constants
 
@@ -101,29 +97,26 @@ def _advice(error: Exception, source: str) -> str:
         chain.append(behind)
     numbers = {getattr(each, "errno", None) for each in chain}
     statuses = {getattr(getattr(each, "response", None), "status_code", None) for each in chain}
+    kinds = {kind for each in chain for kind in type(each).__mro__}
     repository, revision = locate(source) or (source, None)
     page, cache = f"{constants.ENDPOINT}/{repository}", constants.HF_HUB_CACHE
-
-    def is_any(*kinds):
-        return any(isinstance(each, kinds) for each in chain)
-
     if numbers & {errno.ENOSPC, errno.EDQUOT}:
         return f"the disk of its cache, {cache}, is full. Free some space, or set HF_HOME elsewhere"
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
         return f"its cache, {cache}, cannot be written. Set HF_HOME to a folder that is yours"
-    if is_any(errors.GatedRepoError):
+    if errors.GatedRepoError in kinds:
         return f"its owner gives access on request. Ask on {page}, then log in: `hf auth login`"
-    if is_any(errors.RevisionNotFoundError):
+    if errors.RevisionNotFoundError in kinds:
         others = f"a commit (all 40 digits), a tag or a branch from {page}/commits/main"
         return f"{repository} has no revision {revision!r}. Take {others}"
-    if is_any(errors.RepositoryNotFoundError, errors.HFValidationError):
+    if kinds & {errors.RepositoryNotFoundError, errors.HFValidationError}:
         missing = f"there is no {repository}, or it is private. Check the spelling"
         return f"{missing}; for a private one, `hf auth login`; a folder of your own must exist"
-    if is_any(errors.LocalTokenNotFoundError) or statuses & {401, 403}:
+    if errors.LocalTokenNotFoundError in kinds or statuses & {401, 403}:
         return "it wants to know who you are. `hf auth login`, with a token that allows it"
     if 429 in statuses:
         return "it has had too many requests from here. Wait some minutes, or `hf auth login`"
-    if is_any(errors.RemoteEntryNotFoundError):
+    if errors.RemoteEntryNotFoundError in kinds:
         return f"{page} lacks a file that this kind of model has. Take another repository"
     if constants.HF_HUB_OFFLINE:
         missing = f"HF_HUB_OFFLINE is set and the cache, {cache}, does not have all of it"

@@ -1,16 +1,15 @@
 """What tells one reward, policy or objective from another: a changed one makes another run."""
 
-import contextlib
 import copyreg
 import dis
 import functools
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ def _digest(thing: object, known: dict) -> bytes:
     if id(thing) not in known:
         known[id(thing)] = thing, b"a cycle"
         try:
-            kind, content = _describe(thing, lambda part: _digest(part, known))
+            kind, content = _describe(thing, lambda *of: b"".join(_digest(p, known) for p in of))
         except Exception:
             kind, content = _name(type(thing)), b""
         digest = hashlib.sha256(kind.encode() + b"\0")
@@ -55,12 +54,8 @@ def _digest(thing: object, known: dict) -> bytes:
     return known[id(thing)][1]
 
 
-def _describe(thing: object, digest: Callable[[object], bytes]) -> tuple[str, bytes | memoryview]:
-    """What kind of thing it is, and its content: raw, or the digests of its parts."""
-
-    def parts(*things):
-        return b"".join(map(digest, things))
-
+def _describe(thing: object, parts: Callable[..., bytes]) -> tuple[str, bytes | memoryview]:
+    """What kind of thing it is, and its content: raw, or the digests of its parts, in a row."""
     match thing:
         case torch.Tensor():
             raw = thing.detach().cpu().resolve_conj().contiguous().flatten().view(torch.uint8)
@@ -70,13 +65,15 @@ def _describe(thing: object, digest: Callable[[object], bytes]) -> tuple[str, by
         case dict():
             return "dict", b"".join(sorted(parts(*pair) for pair in thing.items()))
         case set() | frozenset():
-            return "set", b"".join(sorted(map(digest, thing)))
+            return "set", b"".join(sorted(map(parts, thing)))
         case list() | tuple():  # a configuration's tuples come back from JSON as lists
             return "sequence", parts(*thing)
         case torch.device():  # where something runs decides nothing
             return "device", b""
         case FunctionType():
-            bound = parts(thing.__defaults__, thing.__kwdefaults__, *_closure(thing))
+            # An empty cell, which nothing is in yet, has no contents.
+            closure = [c.cell_contents for c in thing.__closure__ or () if c != CellType()]
+            bound = parts(thing.__defaults__, thing.__kwdefaults__, *closure)
             home = thing.__globals__.get("__name__", "")
             if _is_installed(home):  # its __module__ may be that of a function which it wraps
                 return f"{home}.{thing.__code__.co_qualname}", bound
@@ -117,28 +114,16 @@ def _code(code: CodeType, docstring: str | None = None) -> tuple:
     return code.co_code, code.co_names, code.co_exceptiontable, constants, *arguments
 
 
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
-
-
-def _closure(function: FunctionType) -> Iterator[object]:
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # nothing is in it yet
-            yield cell.cell_contents
-
-
 def _globals(function: FunctionType) -> dict[str, object]:
-    """The global names in a function's code, and what they stand for."""
-    steps = (step for code in _nested(function.__code__) for step in dis.get_instructions(code))
+    """The global names in a function's code and the functions in it, and what they stand for."""
+    codes = [function.__code__]
+    for code in codes:  # which grows meanwhile
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    steps = (step for code in codes for step in dis.get_instructions(code))
     used = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     scope = function.__globals__
     # __file__ and __name__ say where it lies, which decides nothing.
-    kept = (name for name in sorted(used) if name in scope and not name.startswith("__"))
-    return {name: scope[name] for name in kept}
+    return {name: scope[name] for name in sorted(used & scope.keys()) if name[:2] != "__"}
 
 
 def _is_installed(module: str) -> bool:
@@ -146,10 +131,9 @@ def _is_installed(module: str) -> bool:
     root = module.partition(".")[0]
     if root in sys.stdlib_module_names or root == __name__.partition(".")[0]:
         return True
-    if root == "__main__":  # whatever was started, a notebook is not installed
-        return False
     files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in (module, root)]
-    return any({"site-packages", "dist-packages"} & set(Path(file).parts) for file in files)
+    found = any({"site-packages", "dist-packages"} & set(Path(file).parts) for file in files)
+    return found and root != "__main__"  # whatever was started, a notebook is not installed
 
 
 def _name(thing: object) -> str:

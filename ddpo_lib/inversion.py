@@ -10,9 +10,7 @@ from ddpo_lib.policy import Policy, configuration, steps
 
 
 @torch.no_grad()
-def invert(
-    policy, x_0, n_steps: int, n_evaluations: int = 1, batch_size: int = 100, progress=None
-) -> torch.Tensor:
+def invert(policy, x_0, n_steps, n_evaluations=1, batch_size=100, progress=None) -> torch.Tensor:
     """DDIM inversion (section 2.7): the states from which the sampler would come to given images.
 
     A step at eta = 0 is x_{t-1} = c_t x_t + d_t eps_theta(x_t, t), by equation 2.27 with
@@ -29,9 +27,8 @@ def invert(
         x_0: (N, C, H, W) images in [-1, 1].
         n_steps, batch_size, progress: as in `sampler.rollout`.
 
-    Returns:
-        (n_steps + 1, N, C, H, W) float32, in the order of `Trajectory.states`: x_T first, x_0 last.
-        `sampler.sample(policy, states[k], n_steps, skip=k)` goes on from state k.
+    Returns the states (n_steps + 1, N, C, H, W), float32, in the order of `Trajectory.states`: x_T
+    first, x_0 last. `sampler.sample(policy, states[k], n_steps, skip=k)` goes on from state k.
     """
     sampler.check_shape(policy, x_0)
     if n_evaluations < 1:

@@ -8,8 +8,6 @@ import math
 
 import torch
 
-REDUCTIONS = ("mean", "sum")
-
 
 def log_prob(x_prev, mean, std, reduction: str = "mean") -> torch.Tensor:
     """log N(x_prev; mean, std^2 I) for each sample, (N,) float64 (equation 4.2).
@@ -21,16 +19,13 @@ def log_prob(x_prev, mean, std, reduction: str = "mean") -> torch.Tensor:
         reduction: "sum" over C·H·W is the log-density in nats. "mean" divides it by C·H·W, so that
             exp of a difference is the (C·H·W)-th root of the true ratio; a clip range goes with it.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"log-probability reduction {reduction!r}: must be one of {REDUCTIONS}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"log-probability reduction {reduction!r}: must be one of ('mean', 'sum')")
     stochastic = std > 0
-    safe = torch.where(stochastic, std, 1.0).double()
+    log_std = torch.where(stochastic, std, 1.0).double().log()
     n_pixels = math.prod(x_prev.shape[1:])
-    squared = (x_prev.double() - mean.double()).square().flatten(1).sum(1) / safe.square()
-    total = -0.5 * squared - n_pixels * (safe.log() + 0.5 * math.log(2 * math.pi))
-    if reduction == "mean":
-        total = total / n_pixels
-    return torch.where(stochastic, total, 0.0)
+    total = -kl(x_prev, mean, std) - n_pixels * (log_std + 0.5 * math.log(2 * math.pi))
+    return torch.where(stochastic, total / (n_pixels if reduction == "mean" else 1), 0.0)
 
 
 def kl(mean: torch.Tensor, other: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

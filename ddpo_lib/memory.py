@@ -1,13 +1,10 @@
 """Batches that a GPU's memory does not hold are halved until it does."""
 
 from collections.abc import Callable
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from tqdm.auto import tqdm
-
-T = TypeVar("T")
 
 _held: WeakKeyDictionary = WeakKeyDictionary()
 """Network → kind of work → the batch that memory held, since `start_over`."""
@@ -18,11 +15,10 @@ def start_over(network: torch.nn.Module) -> None:
     _held.pop(network, None)
 
 
-def fit(network: torch.nn.Module, work: str, call: Callable[[int], T], batch_size: int) -> T:
+def fit(network: torch.nn.Module, work: str, call: Callable, batch_size: int):
     """call(batch_size), and again with half as much for as long as a GPU runs out of memory.
 
     The next call for the same network and work begins where this one ended, until `start_over`.
-
     `work` is a label, shown when a batch is halved; `call` must start anew each time, whatever a
     failed one left. torch.OutOfMemoryError if a batch of one does not fit either.
     """

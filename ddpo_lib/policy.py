@@ -55,16 +55,13 @@ class Policy:
         """(T,) float32: the cumulative product of 1 - beta_t (equation 2.7)."""
         return self.scheduler.alphas_cumprod
 
-    @property
-    def final_alpha_bar(self) -> float:
-        """alpha_bar of where the last step goes: 1, or alpha_bar[0] where the scheduler says."""
-        to_one = self.scheduler.config.get("set_alpha_to_one", True)
-        return 1.0 if to_one else self.alpha_bar[0].item()
-
     def alpha_bar_at(self, t: torch.Tensor) -> torch.Tensor:
-        """alpha_bar of timesteps t (N,), (N, 1, 1, 1); `final_alpha_bar` for negative ones."""
+        """alpha_bar of timesteps t (N,), (N, 1, 1, 1); for negative ones, where the last step goes,
+        1, or alpha_bar[0] where the scheduler says."""
         found = self.alpha_bar.to(t.device)[t.clamp(min=0)]
-        return torch.where(t >= 0, found, self.final_alpha_bar).view(-1, 1, 1, 1)
+        if self.scheduler.config.get("set_alpha_to_one", True):
+            found = torch.where(t >= 0, found, 1.0)
+        return found.view(-1, 1, 1, 1)
 
     @property
     def device(self) -> torch.device:
@@ -136,24 +133,21 @@ def _read(source: str) -> tuple:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = {part: (index.get(part) or [None])[-1] for part in ("unet", "scheduler")}
         _check(source, {"pipeline": index["_class_name"]} | parts)
-        at = {part: part if (folder / part).is_dir() else None for part in parts}
+        at = {part: folder / part if (folder / part).is_dir() else folder for part in parts}
         # Left to itself, diffusers calls a .bin file unsafe, which it yet reads weights-only.
         options = {"use_safetensors": any(folder.rglob("diffusion_pytorch_model*.safetensors"))}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        load_unet = diffusers.UNet2DModel.from_pretrained
-        unet, report = load_unet(folder, subfolder=at["unet"], **options)
-        kind = getattr(diffusers, parts["scheduler"])
-        scheduler = kind.from_pretrained(folder, subfolder=at["scheduler"])
+        unet, report = diffusers.UNet2DModel.from_pretrained(at["unet"], **options)
+        scheduler = getattr(diffusers, parts["scheduler"]).from_pretrained(at["scheduler"])
         odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
         if odd:  # diffusers would leave them out, with a warning or without
             _check(source, {"weights": f"another network's, with other tensors, such as {odd[0]}"})
     except Unsupported:
         raise
     except Exception as error:
-        raise FileNotFoundError(
-            f"cannot load a policy from {source!r}: it must be a complete folder of a DDPMPipeline "
-            f"or DDIMPipeline, or the id of one on the Hub. Cause: {hub.cause(error)}"
-        ) from error
+        needed = "a complete folder of a DDPMPipeline or DDIMPipeline, or the id of one on the Hub"
+        said = f"cannot load a policy from {source!r}: it must be {needed}"
+        raise FileNotFoundError(f"{said}. Cause: {hub.cause(error)}") from error
     return unet, scheduler
 
 
@@ -229,12 +223,10 @@ def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     if t[0] >= T or t[-1] < 0:  # by an offset, or by a rounding error of "trailing"
         reach = f"run from {t[0]} to {t[-1]}, which leaves 0 to {T - 1}"
         raise ValueError(f"n_steps={n_steps}: diffusers' timesteps {reach}; take another n_steps")
-    signal = policy.alpha_bar[t[0]].sqrt().item()
-    if signal > 0.2:
+    if (signal := policy.alpha_bar[t[0]].sqrt().item()) > 0.2:
         late = f"timestep {t[0]} of {T}, where {signal:.2f} of the image should be left"
-        start = f"the chain starts from pure noise at {late}"
-        advice = "take another n_steps or timestep_spacing"
-        warnings.warn(f"n_steps={n_steps}: {start}; {advice}", stacklevel=2)
+        said = f"n_steps={n_steps}: the chain starts from pure noise at {late}"
+        warnings.warn(f"{said}; take another n_steps or timestep_spacing", stacklevel=2)
     return t, t - T // n_steps
 
 

@@ -1,8 +1,7 @@
-"""Rewards: images in, or images and prompts, and one number per image out.
+"""Rewards: images in, or images and prompts, and one finite number per image out.
 
-A reward is any callable that takes float images (N, C, H, W) in [-1, 1], or those and N prompts,
-and gives N finite numbers, higher where it is better: a function in a notebook cell is one.
-`checked` is what the loop calls it through.
+A reward is any callable of float images (N, C, H, W) in [-1, 1], or of those and N prompts, higher
+where it is better: a function in a notebook cell is one. The loop calls it through `checked`.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ from PIL import Image
 from ddpo_lib import encoders
 
 Reward = Callable[..., torch.Tensor]
-
 ENCODINGS = ("rescaled", "published")
 MODELS = {"aesthetic": ("clip", "aesthetic"), "over50": ("age",), "under30": ("age",)}
 """Learned reward → the models that it looks through."""
@@ -68,9 +66,8 @@ def jpeg_kilobytes(images: torch.Tensor, encoding: str = "rescaled") -> torch.Te
     levels = to_uint8(images, encoding)
     if (channels := levels.shape[-1]) not in (1, 3):
         raise ValueError(f"JPEG files have 1 or 3 channels, not {channels}")
-    levels = levels[..., 0] if channels == 1 else levels
     with ThreadPoolExecutor() as pool:  # the encoder lets go of the interpreter
-        sizes = [len(file) for file in pool.map(_jpeg, levels.numpy())]
+        sizes = [len(file) for file in pool.map(_jpeg, levels.squeeze(-1).numpy())]
     return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
 
@@ -154,10 +151,9 @@ def load(name: str, models=None, device=None, jpeg_encoding: str = "rescaled") -
     try:
         return getattr(importlib.import_module(module), function)
     except Exception as error:
-        raise ValueError(
-            f"cannot import the reward {name!r}: {type(error).__name__}: {error}. The module must "
-            "be installed, beside the notebook, or in a folder on PYTHONPATH"
-        ) from error
+        needed = "The module must be installed, beside the notebook, or in a folder on PYTHONPATH"
+        said = f"cannot import the reward {name!r}: {type(error).__name__}: {error}"
+        raise ValueError(f"{said}. {needed}") from error
 
 
 def checked(reward: Reward) -> Callable[..., torch.Tensor]:

@@ -25,17 +25,13 @@ def iterations_done(home: Path) -> int:
     if not (home / "last").exists():
         return 0
     with whole(home / "last"):
-        return int(json.loads(_read(home / "last" / "state.json"))["iterations_done"])
+        return int(json.loads((home / "last" / "state.json").read_bytes())["iterations_done"])
 
 
 def best(home: Path) -> dict:
     """best/'s record, written with its weights: `iteration` it is of, and the `reward` of the
     development set by which it was selected."""
-    return json.loads(_read(home / "best" / "best.json"))
-
-
-def best_iteration(home: Path) -> int:
-    return best(home)["iteration"]
+    return json.loads((home / "best" / "best.json").read_bytes())
 
 
 def metrics(home: Path) -> list[dict]:
@@ -50,10 +46,9 @@ def metrics(home: Path) -> list[dict]:
     mean_ratio, clip_fraction, kl in nats per trajectory); and the lists `rewards`, one a sample,
     and `updates`, one dict an optimizer step.
     """
-    file = home / "metrics.jsonl"
-    if not file.exists():
-        return []
-    rows, lines = [], _read(file).split("\n")[:-1]  # a whole line ends with a newline
+    file, rows = home / "metrics.jsonl", []
+    # A whole line ends with a newline.
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -125,16 +120,14 @@ def hold(home: Path, wait: bool = True) -> Iterator[None]:
         home.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(home.with_name(f".{home.name}.lock"))
         try:
-            lock.acquire(timeout=1)
+            held = lock.acquire(timeout=1)
         except Timeout:
             if not wait:
                 raise RuntimeError(f"{home}: another process is at work on it") from None
             print(f"{home}: another process is at work on it; waiting for that to end")
-            lock.acquire()
-    try:
+            held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
@@ -145,15 +138,14 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
         home.mkdir(parents=True, exist_ok=True)
     if file.exists():
         try:
-            stored = dict(json.loads(_read(file))["identity"])
+            stored = dict(json.loads(file.read_bytes())["identity"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error!r}): move {home} elsewhere") from error
         if changes := differences(stored, identity):
             other = f"{home} holds a run with other settings: {'; '.join(changes)}"
             raise ValueError(f"{other}. Give another folder, or return to that run's settings")
-        done, wanted = iterations_done(home), settings.n_iterations
-        if done > wanted:
-            more = f"{home} holds {done} iterations, more than n_iterations={wanted}"
+        if (done := iterations_done(home)) > settings.n_iterations:
+            more = f"{home} holds {done} iterations, more than n_iterations={settings.n_iterations}"
             raise ValueError(f"{more}: give another folder")
     elif any(not entry.name.startswith(".") for entry in home.iterdir()):
         raise ValueError(f"{home} is not empty, and no run: settings.json is missing")
@@ -161,7 +153,7 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
         write_json(file, {"identity": identity, "settings": dataclasses.asdict(settings)})
         (home / "development").mkdir(exist_ok=True)
         for target in (home / "last", home / "best"):
-            old = _previous(target)
+            old = target.with_name(target.name + ".previous")
             if old.exists() and not target.exists():  # a crash between `replacing_folder`'s renames
                 old.rename(target)
             shutil.rmtree(old, ignore_errors=True)
@@ -179,7 +171,7 @@ def differences(old: dict, new: dict) -> list[str]:
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A draft folder; when its block ends without an error, it takes the target's place."""
-    draft, old = target.with_name(target.name + ".tmp"), _previous(target)
+    draft, old = (target.with_name(target.name + end) for end in (".tmp", ".previous"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
@@ -190,10 +182,6 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _previous(target: Path) -> Path:
-    return target.with_name(target.name + ".previous")
-
-
 @contextlib.contextmanager
 def whole(last: Path) -> Iterator[None]:
     """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
@@ -202,25 +190,19 @@ def whole(last: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # the GPU is full, the files are all right
             raise
-        cause, advice = f"{type(error).__name__}: {error}", f"move {last.parent} elsewhere"
-        fault = f"the checkpoint {last} is damaged ({cause})"
-        raise ValueError(f"{fault}. To start the run again, {advice}") from error
+        said = f"the checkpoint {last} is damaged ({type(error).__name__}: {error})"
+        raise ValueError(f"{said}. To start the run again, move {last.parent} elsewhere") from error
 
 
 def _flat(content: dict, prefix: str = "") -> dict:
     flat = {}
-    for name, value in content.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    for k, v in content.items():
+        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return flat
 
 
 def _development_files(home: Path) -> list[Path]:
     return sorted((home / "development").glob("[0-9]*.npz"), key=lambda file: int(file.stem))
-
-
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -74,10 +74,9 @@ def rollout(
         progress: label of a progress bar; None for no bar.
         store: where states and means are kept, see `roomy_device`; by default where the policy is.
     """
-    store = store or policy.device
     t, t_prev = steps(policy, n_steps)
-    states = torch.empty(n_steps + 1, *x_T.shape, device=store)
-    means = torch.empty(n_steps, *x_T.shape, device=store)
+    states = torch.empty(n_steps + 1, *x_T.shape, device=store or policy.device)
+    means = torch.empty(n_steps, *x_T.shape, device=states.device)
     states[0], stds, log_probs = x_T, [], []
     chain = _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress)
     for k, (mean, std, x_prev) in enumerate(chain):
@@ -115,12 +114,10 @@ def sample(
 def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 100) -> torch.Tensor:
     """x~_{t→0} for every state before the last: (T, N, C, H, W), the image that the policy expects
     at each step (equation 2.25)."""
-    eta, context, images = trajectory.eta, trajectory.context, []
+    rest = trajectory.eta, trajectory.context, batch_size
     decisions = zip(trajectory.states[:-1], trajectory.timesteps, trajectory.t_prev, strict=True)
-    for x_t, t, t_prev in decisions:
-        done = step(policy, x_t.to(policy.device), t, t_prev, eta, context, batch_size)
-        images.append(done.denoised)
-    return torch.stack(images)
+    done = (step(policy, x_t.to(policy.device), t, to, *rest) for x_t, t, to in decisions)
+    return torch.stack([each.denoised for each in done])
 
 
 def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transition:
@@ -129,14 +126,11 @@ def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transitio
 
     def split(n: int) -> list[Transition]:
         parts = [slice(start, start + n) for start in range(0, len(x_t), n)]
-        return [
-            transition(policy, x_t[p], t[p], t_prev[p], eta, context and context.select(p))
-            for p in parts
-        ]
+        given = ((x_t[p], t[p], t_prev[p], eta, context and context.select(p)) for p in parts)
+        return [transition(policy, *each) for each in given]
 
     done = memory.fit(policy.unet, "sampling", split, min(batch_size, len(x_t)))
-    fields = [(part.mean, part.std, part.denoised) for part in done]
-    return Transition(*map(torch.cat, zip(*fields, strict=True)))
+    return Transition(*map(torch.cat, zip(*(vars(part).values() for part in done), strict=True)))
 
 
 def check_shape(policy: Policy, x: torch.Tensor) -> None:

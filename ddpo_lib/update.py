@@ -7,9 +7,7 @@ import torch
 from ddpo_lib import memory, parallel
 
 
-def update(
-    network, optimizer, rows, loss, *, n_units, micro_batch, max_grad_norm, rate
-) -> dict[str, float]:
+def update(network, optimizer, rows, loss, *, n_units, micro_batch, max_grad_norm, rate) -> dict:
     """Accumulate the gradient in micro-batches, check it, rescale it, take the step.
 
     Args:

@@ -350,17 +350,14 @@ def test_bars_leave_what_was_printed(capsys, monkeypatch):
     assert capsys.readouterr().out == "said\nsaid\n" and cleared
 
 
-def test_bars_of_loading_models_are_off(monkeypatch):
+def test_bars_of_loading_pipelines_are_off(monkeypatch):
     monkeypatch.setattr(notebook, "clear_output", lambda: None)
     import diffusers
-    import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.enable_progress_bar()
+    diffusers.utils.logging.enable_progress_bar()
     with notebook.bars():
         pass
-    for library in (diffusers, transformers):
-        assert not library.utils.logging.is_progress_bar_enabled()
+    assert not diffusers.utils.logging.is_progress_bar_enabled()
 
 
 # ----------------------------------------------------------------------------------------- tiles

@@ -171,7 +171,7 @@ def same_records(one, two):
             assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
     for before, after in zip(runs.development(one), runs.development(two), strict=True):
         np.testing.assert_allclose(before.astype(float), after.astype(float), atol=1.01)
-    assert runs.best_iteration(one) == runs.best_iteration(two)
+    assert runs.best(one)["iteration"] == runs.best(two)["iteration"]
 
 
 # ------------------------------------------------------------------------------- shares

@@ -179,12 +179,12 @@ def test_transition_follows_every_field_of_the_scheduler(
 
 def test_last_step_may_stop_short_of_the_clean_image():
     policy = setting(10, DDIMScheduler, set_alpha_to_one=False)[0]
-    assert policy.final_alpha_bar == policy.alpha_bar[0].item() < 1
     t, t_prev = torch.tensor([100, 0]), torch.tensor([-1, -100])
+    assert (policy.alpha_bar_at(t_prev) == policy.alpha_bar[0]).all() and policy.alpha_bar[0] < 1
     std = sigma(policy, t, t_prev)
     assert std[0] > 0 and std[1] == 0
     policy = setting(10, DDPMScheduler)[0]
-    assert policy.final_alpha_bar == 1.0
+    assert (policy.alpha_bar_at(t_prev) == 1).all()
     assert sigma(policy, t, t_prev).equal(torch.zeros(2))
 
 

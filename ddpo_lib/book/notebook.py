@@ -72,9 +72,8 @@ def finetuned_or_published(profile: Profile, wanted: list[Run]) -> None:
 def bars() -> Iterator[None]:
     """Show progress bars inside, then clear the cell's output: saved bars would be dead widgets.
     What was printed inside stays; so begin a cell with this."""
-    for name in {"diffusers", "transformers"} & sys.modules.keys():
-        # A bar for every model that is loaded would bury the bars that say something.
-        sys.modules[name].utils.logging.disable_progress_bar()
+    if "diffusers" in sys.modules:  # reading a pipeline shows a bar, saved ones are dead
+        sys.modules["diffusers"].utils.logging.disable_progress_bar()
     printed = _Echo()
     with contextlib.redirect_stdout(printed):
         yield

@@ -34,9 +34,8 @@ def load(objective: str | ModuleType) -> ModuleType:
             objective = importlib.import_module(ours.name if ours else objective)
         except ImportError as error:
             advice = "name one of ddpo_lib.objectives, 'ddpo', or an importable one of your own"
-            raise ValueError(
-                f"cannot import the objective {objective!r}: {error}; {advice}"
-            ) from error
+            said = f"cannot import the objective {objective!r}: {error}"
+            raise ValueError(f"{said}; {advice}") from error
     if missing := [name for name in FUNCTIONS if not hasattr(objective, name)]:
         title = f"the objective {getattr(objective, '__name__', objective)!r}"
         raise ValueError(f"{title} lacks {missing}; what needs no change, import from DDPO's")

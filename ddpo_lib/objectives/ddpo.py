@@ -47,10 +47,8 @@ def helpers(policy, settings, loop) -> None:
         needed = f"set minibatch_size to n_samples, {loop.n_samples}, and n_inner_epochs to 1"
         raise ValueError(f"estimator='sf' allows one update per rollout: {needed}; or take 'is'")
     if settings.advantage_scope == "minibatch" and loop.minibatch_size == 1:
-        raise ValueError(
-            "advantage_scope='minibatch' with minibatch_size=1: nothing would be learned; take "
-            "'iteration' or larger mini-batches"
-        )
+        fault = "advantage_scope='minibatch' with minibatch_size=1: nothing would be learned"
+        raise ValueError(f"{fault}; take 'iteration' or larger mini-batches")
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
@@ -69,12 +67,10 @@ def advantages(rewards: torch.Tensor, clip: float, groups=None) -> torch.Tensor:
 def units(experience, settings, loop, generator) -> list[torch.Tensor]:
     """Mini-batches of samples in random order; every decision is a unit of its own."""
     n, size = len(experience.rewards), loop.minibatch_size
-    if settings.advantage_scope == "minibatch":  # consecutive samples stay together
-        order = torch.arange(n).view(-1, size)[torch.randperm(n // size, generator=generator)]
-    else:
-        order = torch.randperm(n, generator=generator).view(-1, size)
+    together = size if settings.advantage_scope == "minibatch" else 1  # consecutive samples
+    order = torch.arange(n).view(-1, together)[torch.randperm(n // together, generator=generator)]
     steps, share = experience.steps, loop.timestep_fraction
-    return [pairs(draw_steps(steps, share, generator), samples) for samples in order]
+    return [pairs(draw_steps(steps, share, generator), samples) for samples in order.view(-1, size)]
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
@@ -86,14 +82,11 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
         value = sf_loss(new.log_prob, advantage)
     else:
         value = is_loss(new.log_ratio, advantage, settings.clip_range)
-    n_steps = len(experience.steps)
-    ratio = new.log_ratio.detach().exp()
-    metrics = {
-        "mean_ratio": ratio,
-        "clip_fraction": ((ratio - 1).abs() > settings.clip_range).double(),
-        "kl": n_steps * new.kl,  # of a whole trajectory
-    }
-    return value * (n_steps if settings.loss_reduction == "sum" else 1), metrics
+    n_steps, ratio = len(experience.steps), new.log_ratio.detach().exp()
+    clipped = ((ratio - 1).abs() > settings.clip_range).double()
+    whole = n_steps * new.kl  # of a whole trajectory
+    logged = {"mean_ratio": ratio, "clip_fraction": clipped, "kl": whole}
+    return value * (n_steps if settings.loss_reduction == "sum" else 1), logged
 
 
 def is_loss(log_ratio, advantage, clip_range) -> torch.Tensor:
