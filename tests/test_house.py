@@ -58,7 +58,7 @@ def test_files_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
-    assert sizes["library"] <= 2600 and sizes["book"] <= 1200 and sizes["diagrams"] <= 320, sizes
+    assert sizes["library"] <= 2600 and sizes["book"] <= 1450 and sizes["diagrams"] <= 320, sizes
 
 
 def test_imports_are_cheap():

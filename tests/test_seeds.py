@@ -1,7 +1,6 @@
-"""What several seeds say: intervals, shifts of factors, the fooled run; and the control's reward."""
+"""What several seeds say: intervals, shifts of factors, the fooled run; the control's reward."""
 
 import itertools
-import json
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpo_lib import diversity, evaluation, runs
+from ddpo_lib import diversity, runs
 from ddpo_lib.book import factors, finetuning, profiles, results, seeds
 from ddpo_lib.toy import control, regressor
 from ddpo_lib.toy.training import draw
@@ -20,8 +19,8 @@ def table(values, policy="faces", task="aesthetic"):
     return pd.DataFrame(rows, columns=["policy", "task", "seed", "d"])
 
 
-def test_interval_is_students(rng=np.random.default_rng(0)):
-    values = rng.normal(2, 1, 5)
+def test_interval_is_students():
+    values = np.random.default_rng(0).normal(2, 1, 5)
     of = seeds.intervals(table(values), "d").loc["faces", "aesthetic"]
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
     assert (of["mean"], of.n) == (pytest.approx(values.mean()), 5)
