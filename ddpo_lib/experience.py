@@ -1,9 +1,11 @@
 """What an iteration has seen, and what every objective asks of it: decisions, rescored."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
+from ddpo_lib import parallel, sampler
 from ddpo_lib.log_probs import kl, log_prob
 from ddpo_lib.policy import Policy, transition
 from ddpo_lib.sampler import Trajectory
@@ -20,6 +22,7 @@ class Experience:
     rewards: torch.Tensor  # (N,) float32
     steps: torch.Tensor  # (K,) int64: the steps k that are learned from, see `learnable_steps`
     groups: torch.Tensor | None = None  # (N,) int64 labels of samples to compare; None for one
+    denoised: torch.Tensor | None = None  # (T, N) float32: rewards of x~ before each step, if asked
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Rescored:
     log_prob: torch.Tensor  # (U,) float64, carries the gradient
     log_ratio: torch.Tensor  # (U,) float64: log rho, log_prob minus the rollout's; with gradient
     kl: torch.Tensor  # (U,) float64: between the two in nats, whatever the reduction; no gradient
+    mean: torch.Tensor  # (U, C, H, W) float32: of the policy that learns, carries the gradient
+    std: torch.Tensor  # (U,) float32
 
 
 def learnable_steps(stds: torch.Tensor, min_std: float = 0.0) -> torch.Tensor:
@@ -76,4 +81,56 @@ def rescore(policy: Policy, trajectory: Trajectory, step, sample) -> Rescored:
     value = log_prob(x_prev, new.mean, new.std, trajectory.reduction)
     log_ratio = value - trajectory.log_probs[step, sample].to(device)
     old_mean = trajectory.means[step, sample].to(device)
-    return Rescored(value, log_ratio, kl(new.mean.detach(), old_mean, new.std))
+    between = kl(new.mean.detach(), old_mean, new.std)
+    return Rescored(value, log_ratio, between, new.mean, new.std)
+
+
+def roll_out(policy: Policy, loop, seeds, x=None, skip: int = 0) -> Trajectory:
+    """Trajectories under the loop's settings: from the seeds' noise, or from states x (N, C, H, W)
+    that have come through the first `skip` steps already."""
+    x = sampler.noise(policy, seeds) if x is None else x
+    chain = {"eta": loop.eta, "reduction": loop.log_prob_reduction, "skip": skip}
+    chain |= {"batch_size": loop.micro_batch, "progress": "rollout" if parallel.is_main() else None}
+    store = sampler.roomy_device(policy, len(seeds), loop.n_steps)
+    return sampler.rollout(policy, x, loop.n_steps, seeds, store=store, **chain)
+
+
+def shared_noise(policy: Policy, seeds, size: int) -> torch.Tensor:
+    """Initial noise (N, C, H, W) that `size` consecutive samples share."""
+    if len(seeds) % size:
+        needed = "n_samples and each process's share must be multiples of it"
+        raise ValueError(f"groups of {size} among {len(seeds)} samples: {needed}")
+    return sampler.noise(policy, [seeds[i - i % size] for i in range(len(seeds))])
+
+
+def frozen(policy: Policy) -> torch.nn.Module:
+    """A copy of the policy's network that learns nothing, for an objective's helpers; in the layout
+    of the one that learns, so that the two round alike."""
+    copied = copy.deepcopy(policy.unet).to(memory_format=torch.channels_last)
+    return copied.requires_grad_(False)
+
+
+UNIFORM = 2**40  # what the first column of `corruptions` lies below
+
+
+def corruptions(experience: Experience, loop, n: int, generator) -> list[torch.Tensor]:
+    """Units of a denoising loss, mini-batch by mini-batch: n times each sample, (M·n, 1, 3) int64
+    of a uniform number, for the timestep, the sample, and the noise's seed; see `corrupt`."""
+    batches, size = [], loop.minibatch_size
+    for samples in torch.randperm(len(experience.rewards), generator=generator).view(-1, size):
+        sample = samples.repeat_interleave(n)
+        u, seed = torch.randint(UNIFORM, (2, len(sample)), generator=generator)
+        batches.append(torch.stack([u, sample, seed], dim=1)[:, None])
+    return batches
+
+
+def corrupt(policy: Policy, experience: Experience, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Finished samples with fresh noise (equation 2.8), as `corruptions` names them: x_t and eps,
+    (U, C, H, W) each, and t (U,), uniform over all timesteps."""
+    u, sample, seed = rows[:, 0].unbind(-1)
+    x_0 = experience.trajectory.x_0[sample].to(policy.device)
+    generators = [torch.Generator().manual_seed(int(each)) for each in seed]
+    eps = torch.stack([torch.randn(x_0.shape[1:], generator=each) for each in generators])
+    t, eps = (u * len(policy.alpha_bar) // UNIFORM).to(policy.device), eps.to(policy.device)
+    a_t = policy.alpha_bar_at(t)
+    return a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps, eps, t

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpo_lib import checkpoints, diversity, objectives, parallel, policy, rewards, runs, sampler
-from ddpo_lib.experience import Experience, learnable_steps
+from ddpo_lib.experience import Experience, learnable_steps, roll_out
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
 from ddpo_lib.settings import Finetune, learning_rate
@@ -103,19 +103,25 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     sample_seed, order_seed = _seeds(training.seed, iteration)
     share = parallel.share(settings.n_samples)
     seeds = sampler.seeds(sample_seed, settings.n_samples)[share]
-    chain = {"n_steps": settings.n_steps, "seeds": seeds, "eta": settings.eta}
-    chain |= {"reduction": settings.log_prob_reduction, "batch_size": settings.micro_batch}
-    chain["store"] = sampler.roomy_device(learner, len(seeds), settings.n_steps)
-    progress = "rollout" if parallel.is_main() else None
-    trajectory = sampler.rollout(learner, sampler.noise(learner, seeds), progress=progress, **chain)
-    images = policy.decode(learner, trajectory.x_0.to(learner.device))
-    scores = parallel.gather(training.reward(images)).cpu()
+    generator = torch.Generator().manual_seed(order_seed)
+    asked = (learner, training.own, settings, training.helpers)
+    if hasattr(objective, "rollout"):
+        trajectory = objective.rollout(*asked, seeds, iteration, generator)
+    else:
+        trajectory = roll_out(learner, settings, seeds)
+
+    def judge(x_0):
+        return parallel.gather(training.reward(policy.decode(learner, x_0))).cpu()
+
+    scores = judge(trajectory.x_0.to(learner.device))
     steps = learnable_steps(trajectory.stds, settings.min_std)
     experience = Experience(trajectory, scores, steps)
-    credit = objective.credit(experience, training.own, settings, training.helpers)
+    if getattr(objective, "SCORES_DENOISED", False):
+        expected = sampler.denoised(learner, trajectory, settings.micro_batch)
+        experience = dataclasses.replace(experience, denoised=torch.stack([*map(judge, expected)]))
+    credit = objective.credit(experience, *asked[1:])
     if not credit.any():
         tqdm.write(f"iteration {iteration}: every credit is 0, nothing can be learned from it")
-    generator = torch.Generator().manual_seed(order_seed)
     batches = []
     for _ in range(settings.n_inner_epochs):
         batches += objective.units(experience, training.own, settings, generator)
@@ -133,6 +139,8 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
         mine = _local(rows, share)
         done = update(learner.unet, training.optimizer, mine, loss, **step, **limits)
         updates.append({"update": n, **done})
+    if hasattr(objective, "tend"):
+        objective.tend(training.own, training.helpers, training.optimizer, iteration)
     return scores, updates
 
 
@@ -161,9 +169,9 @@ def _prepare(base, reward, objective, settings, seed, own, embed) -> Training:
         unet.enable_gradient_checkpointing()
     bf16 = settings.bf16 and policy.has_bf16(base.device)
     learner = dataclasses.replace(base, unet=unet, bf16=bf16)
-    learned = list(unet.parameters())
-    if helpers is not None:
-        learned += [p for p in helpers.parameters() if p.requires_grad]
+    learned = [{"params": list(unet.parameters()), "factor": 1.0}]
+    if own_weights := [p for p in helpers.parameters() if p.requires_grad] if helpers else []:
+        learned += [{"params": own_weights, "factor": getattr(own, "helper_rate", 1.0)}]
     optimizer = torch.optim.AdamW(learned, weight_decay=settings.weight_decay)
     judge = rewards.checked(reward)
     return Training(learner, optimizer, judge, objective, own, helpers, settings, seed, embed)
@@ -265,8 +273,9 @@ def _warn_of_collapse(home: Path) -> None:
 
 def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:
     """The units (U, D, 2) whose samples this process holds, counted from its first."""
-    mine = ((rows[..., 1] >= share.start) & (rows[..., 1] < share.stop)).all(1)
-    return rows[mine] - rows.new_tensor([0, share.start])
+    mine = rows[((rows[..., 1] >= share.start) & (rows[..., 1] < share.stop)).all(1)].clone()
+    mine[..., 1] -= share.start
+    return mine
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:

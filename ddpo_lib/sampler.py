@@ -61,6 +61,7 @@ def rollout(
     batch_size: int = 100,
     progress: str | None = None,
     store: torch.device | None = None,
+    skip: int = 0,
 ) -> Trajectory:
     """Sample one trajectory per noise in x_T and keep every state (Algorithm 2 with DDIM's steps).
 
@@ -73,12 +74,14 @@ def rollout(
         batch_size: samples per call of the network; fewer where a GPU's memory holds no more.
         progress: label of a progress bar; None for no bar.
         store: where states and means are kept, see `roomy_device`; by default where the policy is.
+        skip: steps that x_T has come through already; it is then the state after them, and the
+            trajectory has n_steps - skip.
     """
-    t, t_prev = steps(policy, n_steps)
-    states = torch.empty(n_steps + 1, *x_T.shape, device=store or policy.device)
-    means = torch.empty(n_steps, *x_T.shape, device=states.device)
+    t, t_prev = (each[skip:] for each in steps(policy, n_steps))
+    states = torch.empty(len(t) + 1, *x_T.shape, device=store or policy.device)
+    means = torch.empty(len(t), *x_T.shape, device=states.device)
     states[0], stds, log_probs = x_T, [], []
-    chain = _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress)
+    chain = _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip)
     for k, (mean, std, x_prev) in enumerate(chain):
         states[k + 1], means[k] = x_prev, mean
         stds.append(std[0].cpu())

@@ -1,7 +1,5 @@
 """One optimizer step on the mean loss of some units. It knows no objective."""
 
-import math
-
 import torch
 
 from ddpo_lib import memory, parallel
@@ -18,9 +16,9 @@ def update(network, optimizer, rows, loss, *, n_units, micro_batch, max_grad_nor
         micro_batch: decisions per forward and backward; fewer where a GPU's memory holds no more.
         rate: this step's learning rate.
 
-    Returns the means over all units of the loss and what is logged, the gradient's norm before it
-    was rescaled to `max_grad_norm`, and the rate. FloatingPointError where that norm is not finite:
-    the weights are left as they were.
+    Returns the means over all units of the loss and what is logged, the norm of the policy's
+    gradient before it was rescaled to `max_grad_norm`, as that of helpers is, and the rate.
+    FloatingPointError where a norm is not finite: the weights are left as they were.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -37,12 +35,14 @@ def update(network, optimizer, rows, loss, *, n_units, micro_batch, max_grad_nor
     size = max(1, min(micro_batch // rows.shape[1], len(rows)))
     sums = parallel.add(memory.fit(network, "update", accumulate, size))
     parallel.sum_gradients(parameters)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(grad_norm):
+    groups = [group["params"] for group in optimizer.param_groups]
+    norms = [torch.nn.utils.clip_grad_norm_(each, max_grad_norm) for each in groups]
+    grad_norm = norms[0].item()
+    if not all(norm.isfinite() for norm in norms):
         advice = f"Lower the learning rate ({rate:.3g}), or set bf16 to false"
         raise FloatingPointError(f"gradient's norm {grad_norm}: nothing was updated. {advice}")
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     optimizer.step()
     means = {name: value / n_units for name, value in sums.items()}
     return {**means, "grad_norm": grad_norm, "learning_rate": rate}

@@ -13,10 +13,19 @@ Every objective answers the same questions, as functions under agreed names:
                                                       the loss of some of these units, (U,), and
                                                       what to log of them, name → (U,)
 
+and, where it differs from DDPO:
+
+    rollout(policy, settings, loop, helpers, seeds, iteration, generator)
+                                                      who samples, and from where? a Trajectory; by
+                                                      default the learner, from each seed's noise
+    tend(settings, helpers, optimizer, iteration)     what is done between iterations?
+    SCORES_DENOISED = True                            asks for `Experience.denoised`
+
 `settings` is the objective's own `Settings`, `loop` the loop's `settings.Finetune`. `helpers` is
 called first and refuses settings that do not go together. The weights of helpers that require a
-gradient are learned with the policy's, and are in every checkpoint. `units` takes random numbers
-from its generator alone. The loop steps on the mean over units.
+gradient are learned with the policy's, at `helper_rate` times its rate if `Settings` has that, and
+are in every checkpoint. `rollout` and `units` take random numbers from the generator alone. Rows
+may have more than two columns; the second is the sample. The loop steps on the mean over units.
 """
 
 import importlib.util

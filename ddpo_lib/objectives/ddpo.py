@@ -8,14 +8,16 @@ image is rewarded. A decision is worth the sample's standardised reward A, and t
 
 averaged over samples. Public code averages log-probabilities over pixels, so rho is a root of the
 ratio, and standardises within each sampling batch; both are settings. Here the deterministic last
-step is no decision.
+step is no decision. With `group_size` samples share their initial noise and are compared within
+such a group alone: the group-relative advantage of Flow-GRPO and DanceGRPO (2025).
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from ddpo_lib.experience import draw_steps, pairs, rescore, standardise
+from ddpo_lib.experience import draw_steps, pairs, rescore, roll_out, shared_noise, standardise
+from ddpo_lib.sampler import Trajectory
 from ddpo_lib.settings import check, choice, number
 
 
@@ -31,6 +33,9 @@ class Settings:
     advantage_scope: str = choice("iteration", "minibatch")
     """Rewards are standardised over the whole "iteration", or, as in the published code, within
     each "minibatch", which then is a run of consecutive samples."""
+    group_size: int = number(1, 1)
+    """Consecutive samples that share their initial noise and are standardised among themselves; 1
+    for no groups."""
     advantage_clip: float = number(4.5, above=0)
     """Standardised advantages are clamped to ± this."""
     loss_reduction: str = choice("sum", "mean")
@@ -49,13 +54,27 @@ def helpers(policy, settings, loop) -> None:
     if settings.advantage_scope == "minibatch" and loop.minibatch_size == 1:
         fault = "advantage_scope='minibatch' with minibatch_size=1: nothing would be learned"
         raise ValueError(f"{fault}; take 'iteration' or larger mini-batches")
+    check_groups(settings.group_size, loop)
+
+
+def check_groups(size: int, loop) -> None:
+    """ValueError unless an iteration's samples are whole groups."""
+    if loop.n_samples % size:
+        raise ValueError(f"n_samples={loop.n_samples} is no multiple of the groups' size, {size}")
+
+
+def rollout(policy, settings, loop, helpers, seeds, iteration, generator) -> Trajectory:
+    """The learner's trajectories; from shared noise where there are groups."""
+    return roll_out(policy, loop, seeds, shared_noise(policy, seeds, settings.group_size))
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """The advantage of every sample, (N,) float32."""
-    groups = experience.groups
-    if settings.advantage_scope == "minibatch":
-        groups = torch.arange(len(experience.rewards)) // loop.minibatch_size
+    groups, order = experience.groups, torch.arange(len(experience.rewards))
+    if settings.group_size > 1:
+        groups = order // settings.group_size
+    elif settings.advantage_scope == "minibatch":
+        groups = order // loop.minibatch_size
     return advantages(experience.rewards, settings.advantage_clip, groups)
 
 
@@ -74,10 +93,12 @@ def units(experience, settings, loop, generator) -> list[torch.Tensor]:
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
-    """The surrogate of each decision, times the number of steps where the loss sums over them."""
+    """The surrogate of each decision, times the number of steps where the loss sums over them. The
+    credit may differ from step to step, (T, N)."""
     step, sample = rows[:, 0].unbind(-1)
     new = rescore(policy, experience.trajectory, step, sample)
-    advantage = credit[sample].to(new.log_prob.device)
+    worth = credit[sample] if credit.ndim == 1 else credit[step, sample]
+    advantage = worth.to(new.log_prob.device)
     if settings.estimator == "sf":
         value = sf_loss(new.log_prob, advantage)
     else:

@@ -1,0 +1,78 @@
+"""DiffusionNFT (Zheng et al., 2025): no log-probabilities, a denoising loss that pulls towards good
+samples and pushes away from bad ones, on re-noised samples of any sampler. With the prediction v of
+the learner and v_old of the policy that drew the samples, two implicit policies,
+
+    v_+ = b v + (1 - b) v_old,   v_- = (1 + b) v_old - b v,   u = clip(A, ± 5) / 10 + 1/2,
+
+    [u ||v_+ - target||^2 + (1 - u) ||v_- - target||^2] / b + lambda ||v - v_pre||^2 .
+
+v_+ and v_- average to v_old. Public code has b = 1 or 0.1, and v_old is a moving average. Here
+v_old is the policy of the rollout, and the loss is on eps, a linear function of v at every x_t.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ddpo_lib.experience import corrupt, corruptions, frozen, roll_out
+from ddpo_lib.objectives.ddpo import advantages
+from ddpo_lib.policy import predict_noise
+from ddpo_lib.settings import check, number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The strength of guidance, and how often a sample is looked at."""
+
+    beta: float = number(1.0, above=0)
+    """b: how far the implicit policies lie from the old one; small is bold."""
+    kl_weight: float = number(0.0, 0)
+    """lambda, of the squared distance from the pretrained policy's prediction."""
+    n_draws: int = number(9, 1)
+    """Timesteps of a sample in an epoch."""
+
+    def __post_init__(self):
+        check(self)
+
+
+def helpers(policy, settings, loop) -> torch.nn.Module:
+    """The pretrained policy, and the one that draws the samples."""
+    return torch.nn.ModuleDict({"reference": frozen(policy), "old": frozen(policy)})
+
+
+def rollout(policy, settings, loop, helpers, seeds, iteration, generator):
+    """The learner's trajectories; it becomes the old policy."""
+    helpers["old"].load_state_dict(policy.unet.state_dict())
+    return roll_out(policy, loop, seeds)
+
+
+def credit(experience, settings, loop, helpers) -> torch.Tensor:
+    """u, how good a sample is, in [0, 1], (N,) float32."""
+    return advantages(experience.rewards, 5.0) / 10 + 0.5
+
+
+def units(experience, settings, loop, generator) -> list[torch.Tensor]:
+    """Mini-batches of samples in random order, each sample at several timesteps."""
+    return corruptions(experience, loop, settings.n_draws, generator)
+
+
+def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
+    """The loss of each corrupted sample."""
+    x_t, eps, t = corrupt(policy, experience, rows)
+    new = predict_noise(policy, x_t, t)
+    with torch.no_grad():
+        old = predict_noise(replace(policy, unet=helpers["old"]), x_t, t)
+        pretrained = predict_noise(replace(policy, unet=helpers["reference"]), x_t, t)
+    u = credit[rows[:, 0, 1]].to(new.device)
+    toward, away = implicit(new, old, settings.beta)
+    good, bad, distance = (
+        difference.square().flatten(1).mean(1)
+        for difference in (toward - eps, away - eps, new - pretrained)
+    )
+    value = (u * good + (1 - u) * bad) / settings.beta + settings.kl_weight * distance
+    return value, {"distance": distance.detach()}
+
+
+def implicit(new, old, beta) -> tuple[torch.Tensor, torch.Tensor]:
+    """The implicit policies' predictions, towards and away."""
+    return beta * new + (1 - beta) * old, (1 + beta) * old - beta * new
