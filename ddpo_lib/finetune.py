@@ -218,6 +218,9 @@ def _run(training: Training, home: Path, on_iteration) -> None:
         except FloatingPointError as error:
             kept = f"{home} keeps the checkpoint of iteration {iteration - 1}"
             raise FloatingPointError(f"iteration {iteration}: {error}; {kept}") from error
+        except KeyboardInterrupt:
+            tqdm.write(f"Stopped. {home} keeps what was done; the next start goes on with it.")
+            raise
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward_mean", "development_reward")})
         if main and training.embed is not None:
             _warn_of_collapse(home)

@@ -31,7 +31,8 @@ def iterations_done(home: Path) -> int:
 def best(home: Path) -> dict:
     """best/'s record, written with its weights: `iteration` it is of, and the `reward` of the
     development set by which it was selected."""
-    return json.loads((home / "best" / "best.json").read_bytes())
+    with whole(home / "best"):
+        return json.loads((home / "best" / "best.json").read_bytes())
 
 
 def metrics(home: Path) -> list[dict]:
@@ -62,6 +63,7 @@ def append_metrics(home: Path, row: dict) -> None:
     """Add one line, after whatever whole lines there are."""
     with (home / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
+    _to_disk(home / "metrics.jsonl")
 
 
 def development(home: Path, kind: str = "development") -> tuple[np.ndarray, np.ndarray]:
@@ -101,11 +103,14 @@ def write_json(file: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A draft's path; after its block, unless that raises, the draft takes the file's place."""
+    """A draft's path; after its block, unless that raises, the draft takes the file's place. It is
+    on the disk by then: a power cut leaves the old file or the new one, and none that is empty."""
     draft = file.with_name(f".{os.getpid()}-{file.name}")
     try:
         yield draft
+        _to_disk(draft)
         os.replace(draft, file)
+        _to_disk(file.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -170,28 +175,46 @@ def differences(old: dict, new: dict) -> list[str]:
 
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A draft folder; when its block ends without an error, it takes the target's place."""
+    """A draft folder; when its block ends without an error, it takes the target's place, as in
+    `replacing`. Its files get the permissions of the user's umask, whoever wrote them."""
     draft, old = (target.with_name(target.name + end) for end in (".tmp", ".previous"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
+    os.umask(umask := os.umask(0))
+    for path in (*draft.rglob("*"), draft):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+        _to_disk(path)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     draft.rename(target)  # `open_folder` mends a crash between these two renames
+    _to_disk(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or which files a folder has, would survive a power cut."""
+    if path.is_file() or os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
-def whole(last: Path) -> Iterator[None]:
+def whole(folder: Path) -> Iterator[None]:
     """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
     try:
         yield
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # the GPU is full, the files are all right
             raise
-        said = f"the checkpoint {last} is damaged ({type(error).__name__}: {error})"
-        raise ValueError(f"{said}. To start the run again, move {last.parent} elsewhere") from error
+        said = f"the checkpoint {folder} is damaged ({type(error).__name__}: {error})"
+        advice = f"To start the run again, move {folder.parent} elsewhere"
+        raise ValueError(f"{said}. {advice}") from error
 
 
 def _flat(content: dict, prefix: str = "") -> dict:

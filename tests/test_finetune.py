@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -679,3 +680,92 @@ def test_learner_runs_as_the_settings_say(finetune, new_policy, monkeypatch):
     finetune(policy=in_float32, bf16=True, n_iterations=1)
     finetune(policy=in_float32, bf16=True, n_iterations=2)  # also when it goes on
     assert seen == [True, True]
+
+
+# ------------------------------------------------------------------------------- the disk
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "unet/config.json",
+                                  "unet/diffusion_pytorch_model.safetensors"])  # fmt: skip
+def test_one_flipped_bit_in_last_is_noticed(finetune, name):
+    home = finetune(n_iterations=1)
+    file = home / "last" / name
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 4  # among the numbers, or in a comment's place: the file still reads
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"last is damaged .*{name} is not what was written"):
+        finetune(n_iterations=2)
+    assert runs.iterations_done(home) == 1
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(finetune, monkeypatch):
+    """What a power cut leaves under a final name was synced before, the folder after."""
+    synced, named = set(), []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def path_of(descriptor):
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def record(descriptor):
+        synced.add(path_of(descriptor))
+        fsync(descriptor)
+
+    def check(source, target):
+        source, target = Path(source), Path(target)
+        if target.name.endswith(".previous"):  # what is there already
+            return
+        parts = [source, *source.rglob("*")] if source.is_dir() else [source]
+        assert set(parts) <= synced, target
+        named.append(target)
+        synced.difference_update([target.parent])
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", lambda a, b: (check(a, b), replace(a, b)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (check(a, b), rename(a, b))[1])
+    home = finetune(n_iterations=2)
+    assert {"last", "best", "001.npz", "settings.json"} <= {path.name for path in named}
+    assert home in synced and home / "metrics.jsonl" in synced
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_checkpoints_have_the_users_permissions(finetune, umask, mode):
+    old = os.umask(umask)
+    try:
+        home = finetune(n_iterations=1)
+    finally:
+        os.umask(old)
+    files = [f for name in ("last", "best") for f in (home / name).rglob("*") if f.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(finetune, monkeypatch):
+    """One NaN after the last update of iteration 2, which the development set need not show."""
+    expected = everything(finetune("unbroken", n_iterations=1))
+    iterate = loop.iterate
+
+    def spoiled(training, iteration):
+        done = iterate(training, iteration)
+        if iteration == 2:
+            with torch.no_grad():
+                training.learner.unet.conv_out.bias[0] = torch.nan
+        return done
+
+    monkeypatch.setattr(loop, "iterate", spoiled)
+    monkeypatch.setattr(loop, "_develop", lambda training, eta: DEVELOPMENT)
+    finetune(n_iterations=1)
+    with pytest.raises(FloatingPointError, match="iteration 2: weights .* such as conv_out.bias"):
+        finetune(n_iterations=2)
+    home = finetune(n_iterations=1)
+    last = weights(home / "last")
+    assert all(last[key].equal(value) for key, value in expected["last"].items())
+    assert all(value.isfinite().all() for value in weights(home / "best").values())
+
+
+DEVELOPMENT = (np.zeros((2, 8, 8, 3), np.uint8), np.array([0.0, 1.0]))
+
+
+def test_interrupt_says_that_nothing_is_lost(finetune, brightness, capsys):
+    brightness.calls, brightness.fail_at = 0, 6
+    with pytest.raises(KeyboardInterrupt):
+        finetune()
+    assert "keeps what was done; the next start goes on with it" in capsys.readouterr().out

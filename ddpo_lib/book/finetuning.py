@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,9 +203,15 @@ def main() -> None:
         run = profile.run(**given)
     except ValueError as error:
         sys.exit(f"Nothing was run: {error}")
-    finetune(run)
-    if parallel.is_main():
-        results.finish(profile, run)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        finetune(run)
+        if parallel.is_main():
+            results.finish(profile, run)
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"{run.name} stopped: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # what is kept has been said
 
 
 if __name__ == "__main__":
