@@ -97,7 +97,7 @@ rule seeds:
     input:
         [f"{HOME}/{home}/seed.done" for home in SEEDS],
     output:
-        f"data/seeds/{PROFILE.name}/table_5_1_seeds.csv",
+        f"data/seeds/{PROFILE.name}/" + ("methods" if PROFILE.name == "methods" else "table_5_1_seeds") + ".csv",
     params:
         profile=PROFILE.name,
     message:

@@ -7,6 +7,7 @@ import torch
 
 from ddpo_lib import policy as policies
 from ddpo_lib import rewards, sampler
+from ddpo_lib.log_probs import kl
 
 
 def draw(policy, n, n_steps, seed, eta=0.0, batch_size=100, progress=None) -> np.ndarray:
@@ -19,6 +20,21 @@ def draw(policy, n, n_steps, seed, eta=0.0, batch_size=100, progress=None) -> np
     x_T = sampler.noise(policy, seeds)
     x_0 = sampler.sample(policy, x_T, n_steps, eta, seeds, batch_size=batch_size, progress=progress)
     return rewards.to_uint8(policies.decode(policy, x_0)).numpy()
+
+
+def kl_nats(policy, reference, n, n_steps, seed, eta=1.0, batch_size=100) -> float:
+    """KL(policy || reference) of a trajectory in nats: exact at every stochastic step, added up and
+    averaged over n trajectories of the policy. Other arguments as in `draw`."""
+    seeds = sampler.seeds(seed, n)
+    x_T = sampler.noise(policy, seeds)
+    trajectory = sampler.rollout(policy, x_T, n_steps, seeds, eta, batch_size=batch_size)
+    steps = zip(trajectory.states, trajectory.timesteps, trajectory.t_prev, strict=False)
+    total = torch.zeros(n, dtype=torch.float64, device=policy.device)
+    with torch.no_grad():
+        for mean, (x, t, t_prev) in zip(trajectory.means, steps, strict=True):
+            other = sampler.step(reference, x, t, t_prev, eta, batch_size=batch_size)
+            total += kl(mean, other.mean, other.std)
+    return total.mean().item()
 
 
 def score(pictures, reward: Callable, batch_size: int = 250, device=None) -> np.ndarray:

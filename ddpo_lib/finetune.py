@@ -77,7 +77,7 @@ def finetune(
         FloatingPointError: images or gradients are not finite; the last checkpoint stays.
     """
     home = Path(home).absolute()
-    training = _prepare(policy, reward, objective, settings, seed, objective_settings, embed)
+    training = prepare(policy, reward, objective, settings, seed, objective_settings, embed)
     identity = _identity(policy, reward, training)
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -149,8 +149,9 @@ def development_seeds(seed: int, n: int) -> list[int]:
     return sampler.seeds(_seeds(seed, 0)[0], n)
 
 
-def _prepare(base, reward, objective, settings, seed, own, embed) -> Training:
-    """Everything that can be refused is looked at here, before anything is written or long."""
+def prepare(base, reward, objective, settings, seed, own=None, embed=None) -> Training:
+    """A finetuning at its beginning; arguments as in `finetune`. Everything that can be refused is
+    looked at here, before anything is written or long."""
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed={seed!r}: must be a whole number from 0 up")
     objective = objectives.load(objective)

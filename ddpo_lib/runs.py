@@ -95,6 +95,10 @@ def drop_after(home: Path, iteration: int) -> None:
             file.unlink()
 
 
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def write_json(file: Path, content: dict) -> None:
     """Write so that a reader, or a crash, sees the old file or the new one and nothing between."""
     with replacing(file) as draft:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ddpo_lib import evaluation, rewards, sampler
+from ddpo_lib import policy as policies
 
 
 def brightness(images):
@@ -216,3 +217,25 @@ def test_samples_that_do_not_belong_together_are_refused(lengths):
         evaluation.bootstrap(lambda a, b: 0.0, *samples, seed=0)
     with pytest.raises(ValueError):
         evaluation.effect_size(*samples, seed=0)
+
+
+# ------------------------------------------------------------------------------- KL
+
+
+def test_kl_of_a_trajectory_is_the_sum_of_its_steps(new_policy):
+    """Against torch.distributions, step by step; and nothing from a policy to itself."""
+    one, two = new_policy(seed=0), new_policy(seed=1)
+    found = evaluation.kl_nats(one, two, n=3, n_steps=5, seed=4)
+    seeds = sampler.seeds(4, 3)
+    chain = sampler.rollout(one, sampler.noise(one, seeds), 5, seeds)
+    total = torch.zeros(3, dtype=torch.float64)
+    for k in range(4):  # the last step is deterministic
+        t, t_prev = (each[k].expand(3) for each in (chain.timesteps, chain.t_prev))
+        p, q = (policies.transition(each, chain.states[k], t, t_prev) for each in (one, two))
+        normals = [
+            torch.distributions.Normal(x.mean.double(), x.std.double().view(-1, 1, 1, 1))
+            for x in (p, q)
+        ]
+        total += torch.distributions.kl_divergence(*normals).sum((1, 2, 3)).detach()
+    assert found == pytest.approx(total.mean().item(), rel=1e-5)
+    assert evaluation.kl_nats(one, one, n=3, n_steps=5, seed=4) == 0

@@ -22,6 +22,7 @@ VARIANTS = {
     **{name: (name, {}) for name in NAMES},
     "dense": ("dense", {"clip_range": 0.1}),  # a step of this loop would leave 1e-4 for good
     "groups": ("ddpo", {"group_size": 4}),
+    "ddpo-kl": ("ddpo", {"kl_weight": 0.1}),
     "sparse": ("rwr", {"weights": "sparse"}),
     "sft-kl": ("sft", {"kl_weight": 0.5}),
     "tdpo-r": ("tdpo", {"reset_every": 2, "steps_per_update": 2}),
@@ -44,7 +45,7 @@ def method(new_policy):
         objective = objectives.load(name)
         settings = Finetune(**LOOP | changes)
         policy = new_policy(widths=(8,))
-        return loop._prepare(
+        return loop.prepare(
             policy, brightness, objective, settings, 0, objective.Settings(**own), None
         )
 
@@ -613,8 +614,9 @@ def test_promise_without_price_and_promise_is_ddpo(method):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_promise_pays_the_exact_kl(method):
-    training = method("promise")
+@pytest.mark.parametrize("variant", ["promise", "ddpo-kl"])
+def test_leaving_the_pretrained_policy_costs_the_exact_kl(method, variant):
+    training = method(variant)
     seen, credit, batches = experience_of(training)
     move(training)
     step, sample = batches[0][:, 0].unbind(1)
@@ -622,7 +624,8 @@ def test_promise_pays_the_exact_kl(method):
     pretrained = dataclasses.replace(training.learner, unet=training.helpers)
     old = rescore(pretrained, seen.trajectory, step, sample)
     paid = losses(training, seen, credit, batches[0])[0]
-    free = dataclasses.replace(training, own=promise.Settings(kl_weight=0.0))
+    free = dataclasses.replace(training.own, kl_weight=0.0)
+    free = dataclasses.replace(training, own=free)
     paid = paid - losses(free, seen, credit, batches[0])[0]
     distance = kl(new.mean, old.mean, new.std) / 192 * len(seen.steps)
     torch.testing.assert_close(paid, 0.1 * distance, rtol=1e-3, atol=1e-6)

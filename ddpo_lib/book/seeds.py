@@ -1,12 +1,12 @@
-"""What several seeds say: `make seeds`, or `python -m ddpo_lib.book.seeds toy` when all are there.
+"""What several seeds say: `python -m ddpo_lib.book.seeds toy`, which ends `make seeds`.
 
 Three tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a
-row a finished run; factor_shifts.csv, what else has changed in its images; and, in the toy world,
-fooled.csv, the long runs from iteration to iteration.
+row a finished run; factor_shifts.csv, what else changed in its images; and, in the toy world,
+fooled.csv, the long runs from iteration to iteration. Of profile methods, which `make methods`
+runs, it is methods.csv alone.
 """
 
 import functools
-import json
 import sys
 
 import numpy as np
@@ -35,8 +35,7 @@ def table(profile: Profile):
 
     rows = []
     for run in finished(profile):
-        file = finetuning.home(run) / "evaluation.json"
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = runs.read_json(finetuning.home(run) / "evaluation.json")
         still, noisy = told["eta0"], told["eta1"]
         rows.append([
             run.policy, run.task, run.seed, still["effect_size"], noisy["effect_size"],
@@ -116,8 +115,12 @@ def main(name: str) -> None:
     folder = paths.OUTPUT / "data" / "seeds" / name
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
-    if profile.is_toy:
+    if FOOLED in profile.tasks:
         tables["fooled"] = fooled(profile, finished(profile, FOOLED))
+    if name == "methods":
+        from ddpo_lib.book import methods  # which builds on this module
+
+        tables = {"methods": methods.table(profile)}
     for title, rows in tables.items():
         with runs.replacing(folder / f"{title}.csv") as draft:
             rows.to_csv(draft, index=False)

@@ -12,11 +12,20 @@ step is no decision. With `group_size` samples share their initial noise and are
 such a group alone: the group-relative advantage of Flow-GRPO and DanceGRPO (2025).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_lib.experience import draw_steps, pairs, rescore, roll_out, shared_noise, standardise
+from ddpo_lib.experience import (
+    draw_steps,
+    frozen,
+    pairs,
+    rescore,
+    roll_out,
+    shared_noise,
+    standardise,
+)
+from ddpo_lib.log_probs import kl
 from ddpo_lib.sampler import Trajectory
 from ddpo_lib.settings import check, choice, number
 
@@ -40,13 +49,17 @@ class Settings:
     """Standardised advantages are clamped to ± this."""
     loss_reduction: str = choice("sum", "mean")
     """Over timesteps: "sum" as in equation 4.4, or "mean"."""
+    kl_weight: float = number(0.0, 0)
+    """beta: adds beta KL(p_theta || p_pre) of every decision, exact, in the unit of the
+    log-probability, over advantages of about 1. The thesis has none: 0."""
 
     def __post_init__(self):
         check(self)
 
 
-def helpers(policy, settings, loop) -> None:
-    """DDPO needs no other network. ValueError for settings under which it would not learn."""
+def helpers(policy, settings, loop) -> torch.nn.Module | None:
+    """The pretrained policy, where leaving it has a price. ValueError for settings under which DDPO
+    would not learn."""
     one_update = loop.minibatch_size == loop.n_samples and loop.n_inner_epochs == 1
     if settings.estimator == "sf" and not one_update:
         needed = f"set minibatch_size to n_samples, {loop.n_samples}, and n_inner_epochs to 1"
@@ -55,6 +68,7 @@ def helpers(policy, settings, loop) -> None:
         fault = "advantage_scope='minibatch' with minibatch_size=1: nothing would be learned"
         raise ValueError(f"{fault}; take 'iteration' or larger mini-batches")
     check_groups(settings.group_size, loop)
+    return frozen(policy) if settings.kl_weight else None
 
 
 def check_groups(size: int, loop) -> None:
@@ -107,7 +121,21 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     clipped = ((ratio - 1).abs() > settings.clip_range).double()
     whole = n_steps * new.kl  # of a whole trajectory
     logged = {"mean_ratio": ratio, "clip_fraction": clipped, "kl": whole}
+    if helpers is not None:
+        price, logged["kl_pretrained"] = kl_price(policy, experience, step, sample, new, helpers)
+        value = value + settings.kl_weight * price
     return value * (n_steps if settings.loss_reduction == "sum" else 1), logged
+
+
+def kl_price(policy, experience, step, sample, new, reference) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p_theta || p_pre) of decisions that are rescored as `new`, (U,): in the unit of the
+    log-probability, with gradient; and of a whole trajectory, in nats."""
+    with torch.no_grad():
+        pretrained = replace(policy, unet=reference)
+        old = rescore(pretrained, experience.trajectory, step, sample)
+    distance = kl(new.mean, old.mean, new.std)
+    per = new.mean[0].numel() if experience.trajectory.reduction == "mean" else 1
+    return distance / per, len(experience.steps) * distance.detach()
 
 
 def is_loss(log_ratio, advantage, clip_range) -> torch.Tensor:

@@ -8,12 +8,12 @@ keeps a replay buffer, and multiplies R - V by 10. Here the KL is exact, per pix
 log-probability is, R is standardised, and every sample is used in its own iteration.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ddpo_lib.experience import draw_steps, frozen, pairs, rescore, standardise
-from ddpo_lib.log_probs import kl
+from ddpo_lib.objectives.ddpo import kl_price
 from ddpo_lib.objectives.value import new_value, value_of, values
 from ddpo_lib.settings import check, number
 
@@ -61,15 +61,11 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     advantage, target = credit[:, step, sample].to(new.log_prob.device)
     ratio = new.log_ratio.exp()
     surrogate = -advantage * ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
-    with torch.no_grad():
-        pretrained = replace(policy, unet=helpers["reference"])
-        old = rescore(pretrained, experience.trajectory, step, sample)
-    distance = kl(new.mean, old.mean, new.std)
-    per = new.mean[0].numel() if experience.trajectory.reduction == "mean" else 1
+    price, whole = kl_price(policy, experience, step, sample, new, helpers["reference"])
     error = 0.5 * (value_of(helpers["critic"], experience, step, sample) - target).square()
     n_steps = len(experience.steps)
     clipped = ((ratio.detach() - 1).abs() > settings.clip_range).double()
     logged = {"clip_fraction": clipped, "kl": n_steps * new.kl, "value_error": error.detach()}
-    logged["kl_pretrained"] = n_steps * distance.detach()
-    value = surrogate + settings.kl_weight * distance / per
+    logged["kl_pretrained"] = whole
+    value = surrogate + settings.kl_weight * price
     return n_steps * value + settings.value_weight * error, logged

@@ -1,0 +1,79 @@
+"""The methods side by side: a finished run of profile methods is a row."""
+
+import numpy as np
+import torch
+
+from ddpo_lib import evaluation, finetune, policy, runs
+from ddpo_lib.book import finetuning, paths, results, seeds
+from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib.toy import regressor
+
+COLUMNS = [
+    "method", "variant", "task", "seed", "samples", "network_calls", "seconds", "proxy_gain",
+    "true_gain", "proxy_gain_eta1", "true_gain_eta1", "vendi_ratio", "vendi_ratio_eta1", "kl_nats",
+]  # fmt: skip
+N_KL = 64
+"""Trajectories over which the divergence from the pretrained policy is averaged."""
+
+
+def table(profile: Profile):
+    """A DataFrame of `COLUMNS`. Gains are in standard deviations of the pretrained policy's, of the
+    reward that was optimised (proxy) and of the rater's taste as a regressor reads it (true);
+    network_calls are images through a denoiser, forward, while training without the development
+    sets; seconds are the iterations'; kl_nats is `evaluation.kl_nats` of best/."""
+    import pandas as pd
+
+    judge = regressor.load_regressor(paths.TOY / "regressor")
+    rows, calls, pretrained = [], {}, {}
+    for run in seeds.finished(profile):
+        home = finetuning.home(run)
+        base = pretrained.setdefault(run.policy, finetuning.load_policy(run))
+        per_iteration = calls.setdefault((run.policy, run.task), network_calls(run))
+        told = runs.metrics(home)[1:]
+        best = policy.load(home / "best", bf16=run.settings.bf16)
+        n_steps, noise = run.settings.n_steps, profile.evaluation.seed
+        rows.append({
+            "method": run.objective, "variant": run.task, "task": run.reward, "seed": run.seed,
+            "samples": len(told) * run.settings.n_samples,
+            "network_calls": len(told) * per_iteration,
+            "seconds": sum(row["seconds"] for row in told),
+            **gains(profile, run, judge),
+            "kl_nats": evaluation.kl_nats(best, base, N_KL, n_steps, noise, run.settings.eta),
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS).round(4)
+
+
+def gains(profile: Profile, run: Run, judge: regressor.Regressor) -> dict[str, float]:
+    """Proxy and true gain and the Vendi ratio, by both samplers; the true one of the aesthetic
+    task alone, for there is a taste behind it."""
+    told = runs.read_json(finetuning.home(run) / "evaluation.json")
+    found = {}
+    for name, eta in results.etas(run).items():
+        end = "" if name == "eta0" else "_eta1"
+        before = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
+        after = results.finetuned_pictures(profile, run, eta)
+        old, new = (seeds.taste(each, run.policy, judge) for each in (before, after))
+        true = evaluation.change(old, new) if run.reward == "aesthetic" else np.nan
+        found |= {f"proxy_gain{end}": told[name]["effect_size"], f"true_gain{end}": true}
+        found[f"vendi_ratio{end}"] = told[name]["vendi_ratio"]
+    return found
+
+
+def network_calls(run: Run) -> int:
+    """Images through a denoiser, forward, in one iteration: counted while one is made."""
+    counted = []
+
+    def count(module, arguments, output) -> None:
+        if hasattr(module, "time_embedding"):  # a denoiser, and none of its layers
+            counted.append(len(arguments[0]))
+
+    training = finetune.prepare(
+        finetuning.load_policy(run), finetuning.load_reward(run), run.objective, run.settings,
+        run.seed, run.objective_settings,
+    )  # fmt: skip
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        finetune.iterate(training, 1)
+    finally:
+        hook.remove()
+    return sum(counted)
