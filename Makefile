@@ -15,7 +15,8 @@ help: ## this list
 reproduce: $(INSTALLED) ## every figure and table; PROFILE=toy, CORES=all of them
 	@$(VENV)/python -m ddpo_lib.book.batch plan $(PROFILE) --cores $(CORES)
 	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
-		--nolock --rerun-incomplete --keep-going --quiet host
+		--nolock --rerun-incomplete --keep-going --quiet host || \
+		{ $(VENV)/python -m ddpo_lib.book.batch missing $(PROFILE); exit 1; }
 	@$(VENV)/python -m ddpo_lib.book.batch report $(PROFILE)
 
 seeds: $(INSTALLED) ## five seeds of every task, hours; their tables go to data/seeds

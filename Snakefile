@@ -28,10 +28,10 @@ LIBRARY = sorted(Path(paths.__file__).parents[1].rglob("*.py"))
 # Retrained toy models redraw them too: some notebooks look at the toy world in every profile.
 TOY = sorted(paths.TOY.rglob("*.safetensors"))
 
-# What two notebooks print at once nobody can read: it goes to a file, of which a failure shows
-# the end. The kernel is named because editors like to write their own into a notebook.
+# What two notebooks print at once nobody can read: it goes to a file, and a failure is told in a
+# few lines. The kernel is named because editors like to write their own into a notebook.
 PAPERMILL = "papermill --kernel python3 --no-progress-bar {input.notebook:q} {log.notebook:q}"
-QUIETLY = " > {log.text:q} 2>&1 || {{ tail -n 20 {log.text:q} >&2; exit 1; }}"
+QUIETLY = " > {log.text:q} 2>&1 || {{ python -m ddpo_lib.book.batch failure {log.text:q} >&2; exit 1; }}"
 
 
 rule all:
@@ -119,7 +119,8 @@ for name, notebook in contents().items():
             notebook=f"{NOTEBOOKS}/{name}.ipynb",
         output:
             [
-                report(f"{FIGURES}/{file}", category=f"chapter {name[0]}", subcategory=name)
+                # Restored where the notebook fails: its old figures stay.
+                update(report(f"{FIGURES}/{file}", category=f"chapter {name[0]}", subcategory=name))
                 for file in notebook.files(PROFILE)
             ],
         log:

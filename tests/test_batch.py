@@ -317,3 +317,39 @@ def test_adopt_leaves_what_papermill_had_not_finished(pages):
     assert not adopted(lambda n: n.cells[-1].metadata.pop("papermill"))
     assert outputs("51_a") == [[], [], []]
     assert adopted(lambda n: None)
+
+
+# ------------------------------------------------------------------------------- failures
+
+
+def test_failure_names_the_notebook_its_cell_and_its_error_in_a_few_lines(pages):
+    pages(**{"50_finetune": "50", "51_a": "x = 1\n" + "y = 2\n" * 30 + "x / 0"})
+    copy = execute("51_a")
+    log = copy.with_suffix(".log")
+    log.write_text("a traceback\n" * 500)
+    said = batch.failure(str(log)).splitlines()
+    assert len(said) <= 15
+    assert said[0].startswith("51_a failed in cell ") and said[1] == "    x = 1"
+    assert "ZeroDivisionError: division by zero" in said
+    assert said[-1].endswith("51_a.ipynb")
+
+
+def test_failure_without_an_executed_notebook_is_the_end_of_its_log(tmp_path):
+    log = tmp_path / "faces-aesthetic-s0.log"
+    log.write_text("\n".join(f"line {i}" for i in range(100)))
+    said = batch.failure(str(log)).splitlines()
+    assert len(said) <= 15 and said[0].startswith("faces-aesthetic-s0 failed; its log")
+    assert said[-1] == "line 99"
+
+
+def test_missing_lists_what_was_not_made(pages, monkeypatch):
+    pages(**{"50_finetune": "50", "51_a": "51", "52_b": "1 / 0"})
+    execute("51_a")
+    execute("52_b")
+    notebooks = {name: batch.Notebook(1, [f"extra_{name}"]) for name in ("51_a", "52_b", "53_c")}
+    monkeypatch.setattr(batch, "contents", lambda: notebooks)
+    monkeypatch.setattr(finetuning, "is_complete", lambda run: run.task != "over50")
+    said = batch.missing("toy")
+    assert "Not finetuned to the end:\n  faces-over50-s0\n" in said
+    assert "52_b: extra_52_b.png, extra_52_b.pdf\n  53_c: extra_53_c.png" in said
+    assert "51_a" not in said and said.endswith("only the rest is run.")

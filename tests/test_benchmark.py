@@ -52,8 +52,16 @@ def test_fidelity_is_measured(benchmark):
     assert gradient["norm_if_mean_over_t"] == pytest.approx(gradient["all_steps"]["norm"] / 3)
     updated = result["updated"]
     mean, total = (updated[f"median_abs_log_ratio_{kind}_over_pixels"] for kind in ("mean", "sum"))
-    assert total == pytest.approx(3 * 32 * 32 * mean)
+    assert total == pytest.approx(3 * 64 * 64 * mean)
     assert updated["median_abs_log_ratio_of_last_step_floored"] > 1000 * mean
+
+
+def test_toy_networks_are_timed_side_by_side(benchmark):
+    result = benchmark("toy_network", "--small", "--repeats", "3")
+    assert result["parameters_64"] <= 2.5e6
+    for what in ("forward", "forward_backward"):
+        ratio = result[f"{what}_64_s"] / result[f"{what}_32_s"]
+        assert result[f"{what}_ratio"] == pytest.approx(ratio, rel=0.02)
 
 
 def test_gpu_benchmark_has_every_part(benchmark):

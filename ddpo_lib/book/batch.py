@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -137,6 +138,38 @@ def report(profile_name: str) -> str:
     return "\n".join(lines)
 
 
+def missing(profile_name: str) -> str:
+    """What a batch that failed has left undone: finetunings, and notebooks with what they make."""
+    profile, lines = profiles.load(profile_name), []
+    if runs_left := [run for run in profile.batch() if not finetuning.is_complete(run)]:
+        lines += ["Not finetuned to the end:", *(f"  {run.name}" for run in runs_left)]
+    left = []
+    for name, notebook in contents().items():
+        ran = paths.RUNS / profile_name / "notebooks" / f"{name}.ipynb"
+        if not (ran.exists() and _is_whole(_read(ran))):
+            left.append(f"  {name}: {', '.join(notebook.files(profile))}")
+    if left:
+        lines += ["Not run to the end, so that these are as they were before, or not there:", *left]
+    return "\n".join([*lines, "Start it again: what is done stays, and only the rest is run."])
+
+
+def failure(log: str) -> str:
+    """Why a notebook or a finetuning failed, in at most fifteen lines: its cell and its error, or
+    the end of its log."""
+    text, executed = Path(log), Path(log).with_suffix(".ipynb")
+    cells = _read(executed).cells if executed.exists() else []
+    for i, cell in enumerate(cells):
+        for output in cell.get("outputs", ()):
+            if output.output_type == "error":
+                source = [f"    {line}" for line in cell.source.splitlines()[:6]]
+                said = output.evalue.splitlines()[:4] or [""]
+                title = f"{executed.stem} failed in cell {i}, which begins"
+                return "\n".join([title, *source, f"{output.ename}: {said[0]}", *said[1:],
+                                  f"All of it: {paths.shown(executed)}"])  # fmt: skip
+    lines = text.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+    return "\n".join([f"{text.stem} failed; its log, {paths.shown(text)}, ends", *lines])
+
+
 def adopt(profile_name: str) -> str:
     """Take the outputs of the batch's executed notebooks into notebooks/, where readers see them.
 
@@ -174,6 +207,12 @@ def adopt(profile_name: str) -> str:
     return "\n".join(lines)
 
 
+def _read(notebook: Path):
+    import nbformat
+
+    return nbformat.read(notebook, as_version=4)
+
+
 def _is_whole(executed) -> bool:
     """Whether papermill went through all cells in order and the kernel answered to each of code.
 
@@ -191,13 +230,14 @@ def _is_whole(executed) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ddpo_lib.book.batch", description=__doc__)
-    parser.add_argument("what", choices=["plan", "report", "adopt"])
-    parser.add_argument("profile")
+    tasks = {f.__name__: f for f in (plan, report, missing, failure, adopt)}
+    parser.add_argument("what", choices=tasks)
+    parser.add_argument("profile", help="or, of failure, the log's file")
     parser.add_argument("--cores", type=int, default=1)
     given = parser.parse_args()
     more = [given.cores] if given.what == "plan" else []
     try:
-        print({"plan": plan, "report": report, "adopt": adopt}[given.what](given.profile, *more))
+        print(tasks[given.what](given.profile, *more))
     except (ValueError, RuntimeError) as error:
         sys.exit(f"Nothing was done: {error}")
 
