@@ -171,6 +171,13 @@ def test_first_step_by_hand():
     assert opposite["correlation"] == pytest.approx(-1)
 
 
+def test_contact_sheet_shows_the_pictures_in_reading_order():
+    pictures = draw("churches", 6, 0).pictures
+    sheet = np.asarray(quality.contact_sheet(pictures, columns=3))
+    assert sheet.shape == (128, 192, 3)
+    assert (sheet[64:, 64:128] == pictures[4]).all()
+
+
 def test_two_regressors_agree_where_they_read_the_same():
     drawn = draw("faces", 30, 0)
     model = regressor._network(25).eval()

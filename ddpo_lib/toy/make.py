@@ -20,9 +20,10 @@ from ddpo_lib.toy import encoders as toy_encoders
 from ddpo_lib.toy.training import DOMAINS, draw
 
 TOY = Path(__file__).resolve().parents[2] / "data" / "toy"
+SHEETS = TOY.parents[1] / "figures" / "toy"
 POLICY_STEPS = 6000
 N_POLICY, N_ENCODER, N_SAMPLES = 30_000, 20_000, 2000
-N_STEPS = 20
+N_STEPS, N_SHOWN = 20, 200
 MINUTES = 130
 """Measured on two cores; a GPU needs a fraction."""
 
@@ -104,10 +105,15 @@ def build_all() -> None:
 
 
 def write_quality() -> None:
-    """Sample both policies, measure everything and write data/toy/quality.json."""
+    """Sample both policies, measure everything and write data/toy/quality.json; and contact sheets
+    of the samples, figures/toy/samples_*.png."""
     agents = {domain: policy.load(TOY / domain) for domain in DOMAINS}
+    samples = {name: quality.sample(agent, N_SAMPLES, N_STEPS) for name, agent in agents.items()}
+    for domain, drawn in samples.items():
+        for eta, pictures in (("eta0", drawn.eta0), ("eta1", drawn.eta1)):
+            quality.contact_sheet(pictures[:N_SHOWN]).save(SHEETS / f"samples_{domain}_{eta}.png")
     result = quality.measure(
-        {name: quality.sample(agent, N_SAMPLES, N_STEPS) for name, agent in agents.items()},
+        samples,
         encoders.load_clip(TOY / "clip"),
         encoders.load_age_classifier(TOY / "age"),
         encoders.load_aesthetic_head(TOY / "aesthetic"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ddpo_lib import rewards, sampler
 from ddpo_lib.encoders import (
@@ -50,6 +51,13 @@ def sample(policy: Policy, n: int, n_steps: int, seed: int = 6) -> Samples:
         exact = dataclasses.replace(policy, bf16=False)
         samples.append(sampler.step(exact, x_T, t, t_prev, eta=0.0).denoised)
     return Samples(*(rewards.to_uint8(images).numpy() for images in samples))
+
+
+def contact_sheet(pictures: np.ndarray, columns: int = 20) -> Image.Image:
+    """Pictures (N, H, W, 3), N a multiple of the columns, side by side, to be looked at."""
+    n, height, width, _ = pictures.shape
+    rows = pictures.reshape(n // columns, columns, height, width, 3).swapaxes(1, 2)
+    return Image.fromarray(rows.reshape(n // columns * height, columns * width, 3))
 
 
 def measure(
