@@ -70,7 +70,28 @@ def test_toy_batch_has_the_seven_finetunings():
     jpeg_and_taste = ["aesthetic", "compressibility", "incompressibility"]
     expected = [("faces", task) for task in [*jpeg_and_taste, "over50"]]
     expected += [("churches", task) for task in jpeg_and_taste]
-    assert batch == expected + low_rates_of_figure_5_7
+    beside_the_thesis = [("faces", "control"), ("faces", "aesthetic-fooled")]
+    more_rates = [("faces", "aesthetic-mean-lr"), ("faces", "aesthetic-high-lr")]
+    assert batch == expected + beside_the_thesis + low_rates_of_figure_5_7 + more_rates
+
+
+def test_toy_tasks_differ_in_rate_and_length_alone():
+    toy = profiles.load("toy")
+    free = {"learning_rate", "peak_learning_rate", "lr_schedule", "n_iterations"}
+    first, *others = [
+        {k: v for k, v in vars(run.settings).items() if k not in free} for run in toy.batch()
+    ]
+    assert all(other == first for other in others) and first["eta"] == 1
+    assert len({run.objective_settings for run in toy.batch()}) == 1
+    clip = toy.batch()[0].objective_settings.clip_range
+    assert clip == profiles.load("thesis").batch()[0].objective_settings.clip_range
+
+
+def test_toy_seeds_are_five_of_every_task_of_table_5_1():
+    runs = profiles.load("toy").batch(every_seed=True)
+    for policy, task in [(r.policy, r.task) for r in profiles.load("toy").batch()[:9]]:
+        seeds = [run.seed for run in runs if (run.policy, run.task) == (policy, task)]
+        assert seeds == [0, 1, 2, 3, 4]
 
 
 def test_task_overrides_profile_and_policy_overrides_task_and_caller_overrides_all(load):
@@ -410,11 +431,11 @@ def test_paths_are_shown_from_the_checkout_or_the_written_folder_on(monkeypatch,
 # ------------------------------------------------------------------------------- thesis
 
 
-def test_thesis_world_has_the_toy_worlds_runs_and_tasks():
-    """The same notebooks run in both."""
+def test_toy_world_has_the_thesis_worlds_runs_and_tasks():
+    """The same notebooks run in both; the toy world has a control and a run that is fooled too."""
     toy, thesis = profiles.load("toy"), profiles.load("thesis")
-    assert set(toy.tasks) <= set(thesis.tasks)
-    assert {run.name for run in toy.batch()} == {run.name for run in thesis.batch()}
+    assert set(thesis.tasks) <= set(toy.tasks)
+    assert {run.name for run in thesis.batch()} <= {run.name for run in toy.batch()}
     for run in thesis.batch():
         assert run.reward == toy.run(run.policy, run.task).reward
 

@@ -35,6 +35,7 @@ NUMBERS = {
 CHOICES = {
     "log_prob_reduction": ("mean", "sum"),
     "lr_schedule": ("constant", "warmup_cosine"),
+    "select_by": ("development", "stochastic"),
 }
 SWITCHES = ("gradient_checkpointing", "bf16")
 TYPES = {field.name: field.type for field in dataclasses.fields(Finetune)}
@@ -185,6 +186,7 @@ OTHER = {
     name: next(v for v in [0.5, 4] if isinstance(v, TYPES[name]) and v != getattr(Finetune(), name))
     for name in NUMBERS
 } | {"log_prob_reduction": "sum", "gradient_checkpointing": True, "bf16": False}
+OTHER["select_by"] = "stochastic"
 """Each field, changed; a schedule is no number, and apart below."""
 
 
