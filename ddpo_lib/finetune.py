@@ -36,7 +36,7 @@ class Training:
     helpers: torch.nn.Module | None
     settings: Finetune
     seed: int
-    embed: Callable[[np.ndarray], np.ndarray] | None
+    embed: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def finetune(

@@ -154,13 +154,13 @@ def test_half_a_download_in_the_cache_says_what_to_do(cached, model):
 def test_age_classifier_from_the_cache(cached, tmp_path):
     """Its preprocessor_config.json is of 2021, with a number for a size."""
     folder = shutil.copytree(TOY / "age", tmp_path / "age")
-    old = {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "resample": 2}
+    old = {"feature_extractor_type": "ViTFeatureExtractor", "size": 64, "resample": 2}
     old |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(old | {"do_resize": True}))
     cached("nateraw/vit-age-classifier", folder)
     ours = encoders.load_age_classifier("nateraw/vit-age-classifier")
     toy = encoders.load_age_classifier(TOY / "age")
-    assert (ours.image_size, ours.mean, ours.std) == (32, (0.5,) * 3, (0.5,) * 3)
+    assert (ours.image_size, ours.mean, ours.std) == (64, (0.5,) * 3, (0.5,) * 3)
     pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert encoders.age_logits(ours, pictures).equal(encoders.age_logits(toy, pictures))
 

@@ -121,7 +121,7 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     clipped = ((ratio - 1).abs() > settings.clip_range).double()
     whole = n_steps * new.kl  # of a whole trajectory
     logged = {"mean_ratio": ratio, "clip_fraction": clipped, "kl": whole}
-    if helpers is not None:
+    if settings.kl_weight:
         price, logged["kl_pretrained"] = kl_price(policy, experience, step, sample, new, helpers)
         value = value + settings.kl_weight * price
     return value * (n_steps if settings.loss_reduction == "sum" else 1), logged

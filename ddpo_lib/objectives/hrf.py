@@ -16,7 +16,7 @@ import torch
 
 from ddpo_lib.experience import roll_out
 from ddpo_lib.objectives import ddpo
-from ddpo_lib.objectives.ddpo import check_groups, credit, loss, units  # noqa: F401
+from ddpo_lib.objectives.ddpo import credit, helpers, loss, units  # noqa: F401
 from ddpo_lib.policy import steps
 from ddpo_lib.sampler import noise
 from ddpo_lib.settings import check, choice, number
@@ -40,12 +40,7 @@ class Settings(ddpo.Settings):
         check(self)
 
 
-def helpers(policy, settings, loop) -> None:
-    """HRF needs no other network."""
-    check_groups(settings.group_size, loop)
-
-
-def rollout(policy, settings, loop, helpers, seeds, iteration, generator):
+def rollout(policy, settings, loop, _, seeds, iteration, generator):
     """The siblings' trajectories, from the step at which they part."""
     first = seeds[:: settings.group_size]
     parents = roll_out(policy, loop, first).x_0.to(policy.device)

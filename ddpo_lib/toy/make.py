@@ -23,7 +23,7 @@ TOY = Path(__file__).resolve().parents[2] / "data" / "toy"
 SHEETS = TOY.parents[1] / "figures" / "toy"
 POLICY_STEPS = 6000
 N_POLICY, N_ENCODER, N_SAMPLES = 30_000, 20_000, 2000
-N_STEPS, N_SHOWN = 20, 200
+N_SHOWN = 200
 MINUTES = 130
 """Measured on two cores; a GPU needs a fraction."""
 
@@ -108,7 +108,7 @@ def write_quality() -> None:
     """Sample both policies, measure everything and write data/toy/quality.json; and contact sheets
     of the samples, figures/toy/samples_*.png."""
     agents = {domain: policy.load(TOY / domain) for domain in DOMAINS}
-    samples = {name: quality.sample(agent, N_SAMPLES, N_STEPS) for name, agent in agents.items()}
+    samples = {name: quality.sample(agent, N_SAMPLES) for name, agent in agents.items()}
     for domain, drawn in samples.items():
         for eta, pictures in (("eta0", drawn.eta0), ("eta1", drawn.eta1)):
             quality.contact_sheet(pictures[:N_SHOWN]).save(SHEETS / f"samples_{domain}_{eta}.png")

@@ -25,6 +25,8 @@ from ddpo_lib.toy.regressor import TARGETS, Regressor, estimate
 from ddpo_lib.toy.training import DOMAINS, Drawn, draw
 
 N_HELD_OUT, N_AGREEMENT = 2000, 200
+N_STEPS = {0.0: 40, 1.0: 20}
+"""eta → steps of the sampler."""
 NEIGHBOURS = 5
 """k of the manifolds. Kynkaanniemi et al. use 3 on 50,000 pictures; on 2,000 the balls around the
 nearest 3 leave holes even between two sets of drawn pictures (see `ceiling` in the result)."""
@@ -40,13 +42,14 @@ class Samples:
     """The denoised state x~ of the first step, in float32, clipped as the sampler clips it."""
 
 
-def sample(policy: Policy, n: int, n_steps: int, seed: int = 6) -> Samples:
-    """Draw n samples by n_steps steps at eta = 0 and at eta = 1, and look at the first step."""
+def sample(policy: Policy, n: int, seed: int = 6) -> Samples:
+    """Draw n samples at eta = 0 and at eta = 1, by `N_STEPS` each, and look at a step from t = 950,
+    the first of 20."""
     seeds = sampler.seeds(seed, n)
     x_T = sampler.noise(policy, seeds)
     options = {"seeds": seeds, "batch_size": 250, "progress": "sampling"}
-    samples = [sampler.sample(policy, x_T, n_steps, eta, **options) for eta in (0.0, 1.0)]
-    t, t_prev = (each[0] for each in steps(policy, n_steps))
+    samples = [sampler.sample(policy, x_T, N_STEPS[eta], eta, **options) for eta in (0.0, 1.0)]
+    t, t_prev = (each[0] for each in steps(policy, 20))
     with torch.no_grad():
         exact = dataclasses.replace(policy, bf16=False)
         samples.append(sampler.step(exact, x_T, t, t_prev, eta=0.0).denoised)
