@@ -24,7 +24,7 @@ from ddpo_lib.book.profiles import Profile, Run
 FINETUNE_PARAMETERS = ("profile", "policy", "task", "seed")
 """Papermill parameters of 50_finetune in the batch; all other notebooks get the profile alone."""
 
-SECONDS_PER_NETWORK_CALL, SECONDS_PER_FINETUNING, BACKWARD = 0.0023, 20, 2
+SECONDS_PER_NETWORK_CALL, SECONDS_PER_FINETUNING, BACKWARD = 0.0036, 20, 2
 """One picture once through a toy UNet, in bf16 on one of two cores of a cloud machine that both are
 busy; starting a kernel, importing, loading, drawing; a backward pass, in forward passes."""
 
@@ -105,15 +105,17 @@ def seconds(profile: Profile, todo: list[Run], notebooks: dict[str, Notebook], c
     """Expected time: finetunings side by side, one a core, then notebooks.
 
     A network call is one picture through the network once. A rollout is n_samples × n_steps of
-    them; an update goes forward and backward through all steps but the last, which is no action.
+    them; an update goes forward and backward through its share of all steps but the last, which is
+    no action. Development and evaluation sets are drawn by two samplers.
     """
     durations = []
     for run in todo:
         s = run.settings
         update = (1 + BACKWARD) * s.n_samples * (s.n_steps - 1) * s.n_inner_epochs
-        iteration = (s.n_samples + s.n_development) * s.n_steps + update
+        update *= s.timestep_fraction
+        iteration = (s.n_samples + 2 * s.n_development) * s.n_steps + update
         calls = (s.n_iterations - finetuning.iterations_done(run)) * iteration
-        calls += profile.evaluation.n * profile.evaluation.n_steps
+        calls += 2 * profile.evaluation.n * profile.evaluation.n_steps
         durations.append(calls * SECONDS_PER_NETWORK_CALL + SECONDS_PER_FINETUNING)
     free_at = [0.0] * cores
     for duration in sorted(durations, reverse=True) + [each.seconds for each in notebooks.values()]:
