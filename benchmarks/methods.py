@@ -10,7 +10,6 @@ Prints one JSON object; progress goes to stderr.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -19,7 +18,7 @@ import time
 import torch
 
 from ddpo_lib import finetune
-from ddpo_lib.book import finetuning, methods, profiles
+from ddpo_lib.book import methods, profiles
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     seconds = {task: [] for task in runs}
     for turn in range(arguments.repeats):
         for task, run in runs.items():
-            training = begin(run)
+            training = methods.begin(run)
             start = time.perf_counter()
             finetune.iterate(training, 1)
             seconds[task].append(time.perf_counter() - start)
@@ -51,14 +50,6 @@ def main() -> None:
         for task, run in runs.items()
     }
     print(json.dumps(result | {"threads": arguments.threads, "torch": torch.__version__}, indent=2))
-
-
-def begin(run) -> finetune.Training:
-    """The run's finetuning, before its first iteration."""
-    settings = dataclasses.replace(run.settings, n_iterations=1)
-    policy, reward = finetuning.load_policy(run), finetuning.load_reward(run)
-    own = run.objective_settings
-    return finetune.prepare(policy, reward, run.objective, settings, run.seed, own)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What a run goes on from: last/ and best/ of its folder, each written whole or not at all."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +12,6 @@ from ddpo_lib.policy import Policy
 def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: int) -> None:
     """Write last/: the policy, its helpers' learned weights (frozen ones come back from the
     pretrained policy), the optimizer's moments, the position, and a checksum of each file."""
-    _check_finite(learner)
     with runs.replacing_folder(home / "last") as draft:
         policy.save(learner, draft)
         moments = {
@@ -27,13 +24,12 @@ def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: 
             learned = [(name, p) for name, p in helpers.named_parameters() if p.requires_grad]
             weights = {name: p.detach().contiguous() for name, p in learned}
             save_file(weights, draft / "helpers.safetensors")
-        sums = {f.relative_to(draft).as_posix(): _sha256(f) for f in draft.rglob("*.*")}
+        sums = {f.relative_to(draft).as_posix(): runs.sha256(f) for f in draft.rglob("*.*")}
         runs.write_json(draft / "state.json", {"iterations_done": iterations_done, "sha256": sums})
 
 
 def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> None:
     """Write best/, a plain DDPMPipeline folder, with its record."""
-    _check_finite(learner)
     with runs.replacing_folder(home / "best") as draft:
         policy.save(learner, draft)
         runs.write_json(draft / "best.json", {"iteration": iteration, "reward": reward})
@@ -42,8 +38,8 @@ def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> Non
 def load_learner(home: Path, base: Policy) -> Policy:
     """The policy in last/, on the device of its base. ValueError if a file of last/ is damaged."""
     with runs.whole(home / "last"):
-        for name, known in json.loads((home / "last/state.json").read_bytes())["sha256"].items():
-            if _sha256(home / "last" / name) != known:
+        for name, known in runs.read_json(home / "last/state.json")["sha256"].items():
+            if runs.sha256(home / "last" / name) != known:
                 raise ValueError(f"{name} is not what was written")
         return policy.load(home / "last", device=str(base.device), bf16=base.bf16)
 
@@ -60,14 +56,9 @@ def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Modu
             helpers.load_state_dict(load_file(home / "last" / "helpers.safetensors"), strict=False)
 
 
-def _check_finite(learner: Policy) -> None:
-    """FloatingPointError for weights that are not finite: no checkpoint is replaced by them."""
+def check_finite(learner: Policy) -> None:
+    """FloatingPointError for weights that are not finite: no checkpoint may be replaced by them."""
     weights = learner.unet.state_dict().items()
     if bad := [name for name, value in weights if not value.isfinite().all()]:
         advice = "lower the learning rate, or set bf16 to false"
         raise FloatingPointError(f"weights that are not finite, such as {bad[0]}: {advice}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

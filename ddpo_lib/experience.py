@@ -1,7 +1,7 @@
 """What an iteration has seen, and what every objective asks of it: decisions, rescored."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,6 +83,12 @@ def rescore(policy: Policy, trajectory: Trajectory, step, sample) -> Rescored:
     old_mean = trajectory.means[step, sample].to(device)
     between = kl(new.mean.detach(), old_mean, new.std)
     return Rescored(value, log_ratio, between, new.mean, new.std)
+
+
+def rescore_by(network, policy: Policy, trajectory: Trajectory, step, sample) -> Rescored:
+    """As `rescore`, under the policy with another, frozen network; without gradient."""
+    with torch.no_grad():
+        return rescore(replace(policy, unet=network), trajectory, step, sample)
 
 
 def roll_out(policy: Policy, loop, seeds, x=None, skip: int = 0) -> Trajectory:

@@ -243,6 +243,7 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
     if start is not None:
         row["seconds"] = round(time.perf_counter() - start, 2)
     if parallel.is_main():
+        checkpoints.check_finite(learner)
         runs.save_development(home, iteration, sets)
         runs.append_metrics(home, row | lists)
         reward = row[f"{settings.select_by}_reward"]

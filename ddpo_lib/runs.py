@@ -9,6 +9,7 @@ best/                 a DDPMPipeline folder of the highest reward; best.json say
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ def best(home: Path) -> dict:
     """best/'s record, written with its weights: `iteration` it is of, and the `reward` of the
     development set by which it was selected."""
     with whole(home / "best"):
-        return json.loads((home / "best" / "best.json").read_bytes())
+        return read_json(home / "best" / "best.json")
 
 
 def metrics(home: Path) -> list[dict]:
@@ -97,6 +98,11 @@ def drop_after(home: Path, iteration: int) -> None:
 
 def read_json(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(file: Path, content: dict) -> None:

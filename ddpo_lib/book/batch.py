@@ -188,9 +188,9 @@ def adopt(profile_name: str) -> str:
     for name, copy in copies.items():
         file = paths.NOTEBOOKS / f"{name}.ipynb"
         copy = paths.RUNS / profile_name / "notebooks" / f"{copy}.ipynb"
-        notebook = nbformat.read(file, as_version=4)
+        notebook = _read(file)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        ran = nbformat.read(copy, as_version=4) if copy.exists() else nbformat.v4.new_notebook()
+        ran = _read(copy) if copy.exists() else nbformat.v4.new_notebook()
         done = {cell.id: cell for cell in ran.cells}
         if any(cell.id not in done or done[cell.id].source != cell.source for cell in code):
             lines.append(f"  {name}: not run since it changed, left alone")

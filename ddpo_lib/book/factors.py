@@ -32,9 +32,15 @@ def estimates(
     pictures: np.ndarray, policy: str, judge: regressor.Regressor
 ) -> dict[str, np.ndarray]:
     """The factors alone: name → (n,), without the taste."""
+    seen = read(pictures, policy, judge).items()
+    return {name: values for name, values in seen if name != "taste"}
+
+
+def read(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> dict[str, np.ndarray]:
+    """All that a regressor reads in uint8 pictures (n, H, W, 3): name → (n,) float64."""
     images = rewards.from_uint8(torch.from_numpy(pictures))
     values = regressor.estimate(judge, images, policy)
-    return {name: own.double().cpu().numpy() for name, own in values.items() if name != "taste"}
+    return {name: own.double().cpu().numpy() for name, own in values.items()}
 
 
 def shifts(
@@ -42,7 +48,5 @@ def shifts(
 ) -> dict[str, float]:
     """Measure → its change by finetuning, in standard deviations of the pretrained policy's, on the
     evaluation set at eta."""
-    before = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
-    after = results.finetuned_pictures(profile, run, eta)
-    old, new = (measure(each, run.policy, judge) for each in (before, after))
+    old, new = (measure(each, run.policy, judge) for each in results.sets(profile, run, eta))
     return {name: float(evaluation.change(old[name], new[name])) for name in old}

@@ -58,7 +58,7 @@ def iterations_done(run: Run) -> int:
 def is_complete(run: Run) -> bool:
     """Trained to the end, and evaluated then."""
     file, n = home(run) / "evaluation.json", run.settings.n_iterations
-    evaluated = file.exists() and json.loads(file.read_text(encoding="utf-8"))["iterations"]
+    evaluated = file.exists() and runs.read_json(file)["iterations"]
     return evaluated == iterations_done(run) == n
 
 
@@ -113,8 +113,7 @@ def identify(source: str, recorded: str | None = None) -> str:
 
 @functools.cache
 def _sha256(file: Path, modified: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return runs.sha256(file)
 
 
 def _models(run: Run) -> dict[str, str]:

@@ -27,18 +27,22 @@ def table(profile: Profile):
     rows, calls, pretrained = [], {}, {}
     for run in seeds.finished(profile):
         home = finetuning.home(run)
-        base = pretrained.setdefault(run.policy, finetuning.load_policy(run))
-        per_iteration = calls.setdefault((run.policy, run.task), network_calls(run))
+        if run.policy not in pretrained:
+            pretrained[run.policy] = finetuning.load_policy(run)
+        if run.task not in calls:  # the same for every seed
+            calls[run.task] = network_calls(run)
         told = runs.metrics(home)[1:]
         best = policy.load(home / "best", bf16=run.settings.bf16)
         n_steps, noise = run.settings.n_steps, profile.evaluation.seed
         rows.append({
             "method": run.objective, "variant": run.task, "task": run.reward, "seed": run.seed,
             "samples": len(told) * run.settings.n_samples,
-            "network_calls": len(told) * per_iteration,
+            "network_calls": len(told) * calls[run.task],
             "seconds": sum(row["seconds"] for row in told),
             **gains(profile, run, judge),
-            "kl_nats": evaluation.kl_nats(best, base, N_KL, n_steps, noise, run.settings.eta),
+            "kl_nats": evaluation.kl_nats(
+                best, pretrained[run.policy], N_KL, n_steps, noise, run.settings.eta
+            ),
         })  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS).round(4)
 
@@ -50,9 +54,8 @@ def gains(profile: Profile, run: Run, judge: regressor.Regressor) -> dict[str, f
     found = {}
     for name, eta in results.etas(run).items():
         end = "" if name == "eta0" else "_eta1"
-        before = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
-        after = results.finetuned_pictures(profile, run, eta)
-        old, new = (seeds.taste(each, run.policy, judge) for each in (before, after))
+        pictures = results.sets(profile, run, eta)
+        old, new = (seeds.taste(each, run.policy, judge) for each in pictures)
         true = evaluation.change(old, new) if run.reward == "aesthetic" else np.nan
         found |= {f"proxy_gain{end}": told[name]["effect_size"], f"true_gain{end}": true}
         found[f"vendi_ratio{end}"] = told[name]["vendi_ratio"]
@@ -67,13 +70,17 @@ def network_calls(run: Run) -> int:
         if hasattr(module, "time_embedding"):  # a denoiser, and none of its layers
             counted.append(len(arguments[0]))
 
-    training = finetune.prepare(
-        finetuning.load_policy(run), finetuning.load_reward(run), run.objective, run.settings,
-        run.seed, run.objective_settings,
-    )  # fmt: skip
+    training = begin(run)
     hook = torch.nn.modules.module.register_module_forward_hook(count)
     try:
         finetune.iterate(training, 1)
     finally:
         hook.remove()
     return sum(counted)
+
+
+def begin(run: Run) -> finetune.Training:
+    """The run's finetuning, before its first iteration."""
+    base, reward = finetuning.load_policy(run), finetuning.load_reward(run)
+    own = run.objective_settings
+    return finetune.prepare(base, reward, run.objective, run.settings, run.seed, own)

@@ -1,6 +1,5 @@
 """The model card of a finetuned policy, and its upload to the Hugging Face Hub."""
 
-import json
 from pathlib import Path
 
 from ddpo_lib import hub, rewards, runs
@@ -13,7 +12,8 @@ LICENCES = {"google/ddpm-": "apache-2.0", "data/toy/": "mit"}
 def save(home: Path) -> None:
     """Write best/README.md: config/model_card.md, filled with what the run's folder holds; with the
     evaluation set's metrics once evaluation.json is there."""
-    run, settings = _read(home / "profile.json"), _read(home / "settings.json")["settings"]
+    run = runs.read_json(home / "profile.json")
+    settings = runs.read_json(home / "settings.json")["settings"]
     n, done = settings["n_development"], runs.iterations_done(home)
     best = runs.best(home)["iteration"]
     rows = runs.metrics(home)
@@ -23,7 +23,7 @@ def save(home: Path) -> None:
         moments = [(rows[i][f"{kind}_reward"], rows[i][f"{kind}_sd"]) for i in (0, best)]
         own = [f"{mean:.3f} ± {sd / n**0.5:.3f}" for mean, sd in moments]
         metrics[f"reward, development set, {n}, η = {eta}"] = own
-    result = _read(home / "evaluation.json") if (home / "evaluation.json").exists() else {}
+    result = runs.read_json(home / "evaluation.json") if (home / "evaluation.json").exists() else {}
     if result.get("iterations") == done:  # the run has not gone on since
         for name, eta in zip(("eta0", "eta1"), etas.values(), strict=True):
             told, title = result[name], f"evaluation set, {result['n']}, η = {eta}"
@@ -71,10 +71,6 @@ def push_to_hub(home: Path, repository: str, private: bool = False) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         sent = api.upload_folder(repo_id=repository, folder_path=best, commit_message=message)
     return sent.commit_url
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _table(rows) -> str:

@@ -99,9 +99,9 @@ def etas(run: Run) -> dict[str, float]:
 def measure(profile: Profile, run: Run, eta: float, clip: encoders.Clip) -> dict[str, float]:
     """What finetuning did to the evaluation set at eta: rewards and Vendi scores before and after,
     of faces also the share of those aged 50 or over."""
-    sets = _sets(profile, run, eta)
-    before, after = scores(profile, run, eta)
-    vendi = [diversity.vendi_score(diversity.embed(images, clip)) for images in sets]
+    both = sets(profile, run, eta)
+    before, after = _score(run, both)
+    vendi = [diversity.vendi_score(diversity.embed(images, clip)) for images in both]
     result = {
         "before_mean": before.mean(), "before_sd": before.std(ddof=1),
         "before_se": standard_error(before), "reward_mean": after.mean(),
@@ -110,7 +110,7 @@ def measure(profile: Profile, run: Run, eta: float, clip: encoders.Clip) -> dict
         "before_vendi": vendi[0], "vendi": vendi[1], "vendi_ratio": vendi[1] / vendi[0],
     }  # fmt: skip
     if run.policy == "faces":
-        shares = [share_over_50(images, profile.models)[0] for images in sets]
+        shares = [share_over_50(images, profile.models)[0] for images in both]
         result |= {"before_share_over_50": shares[0], "share_over_50": shares[1]}
     return {name: float(value) for name, value in result.items()}
 
@@ -148,10 +148,15 @@ def share_over_50(images: np.ndarray, models: dict[str, str]) -> tuple[float, fl
 
 def scores(profile: Profile, run: Run, eta: float = 0.0) -> list[np.ndarray]:
     """Of the evaluation set before and after, (n,) each, entry i of both from the same noise."""
-    reward = finetuning.load_reward(run)
-    return [evaluation.score(images, reward) for images in _sets(profile, run, eta)]
+    return _score(run, sets(profile, run, eta))
 
 
-def _sets(profile: Profile, run: Run, eta: float) -> list[np.ndarray]:
+def sets(profile: Profile, run: Run, eta: float) -> list[np.ndarray]:
+    """The evaluation set at eta before and after, uint8 (n, H, W, C) each."""
     before = pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
     return [before, finetuned_pictures(profile, run, eta)]
+
+
+def _score(run: Run, both: list[np.ndarray]) -> list[np.ndarray]:
+    reward = finetuning.load_reward(run)
+    return [evaluation.score(images, reward) for images in both]

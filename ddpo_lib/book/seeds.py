@@ -10,9 +10,8 @@ import functools
 import sys
 
 import numpy as np
-import torch
 
-from ddpo_lib import evaluation, rewards, runs
+from ddpo_lib import evaluation, runs
 from ddpo_lib.book import factors, finetuning, paths, profiles, results
 from ddpo_lib.book.profiles import Profile, Run
 from ddpo_lib.toy import regressor
@@ -100,8 +99,7 @@ def fooled(profile: Profile, of: list[Run]):
 
 def taste(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> np.ndarray:
     """The rater's true score of uint8 pictures (n, H, W, C), as a regressor reads it, (n,)."""
-    images = rewards.from_uint8(torch.from_numpy(pictures))
-    return regressor.estimate(judge, images, policy)["taste"].double().cpu().numpy()
+    return factors.read(pictures, policy, judge)["taste"]
 
 
 def finished(profile: Profile, task: str | None = None) -> list[Run]:

@@ -8,12 +8,12 @@ the frozen *pretrained* one at the decision that was taken. As in public code c 
 the clamp confines a pair's loss to 0.683 … 0.703, which is why users see it stand still.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ddpo_lib.experience import draw_steps, frozen, rescore, roll_out, shared_noise
+from ddpo_lib.experience import draw_steps, frozen, rescore, rescore_by, roll_out, shared_noise
 from ddpo_lib.objectives.ddpo import check_groups
 from ddpo_lib.settings import check, number
 
@@ -70,8 +70,7 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     """The preference loss of each pair at its step."""
     step, sample = rows.flatten(0, 1).unbind(-1)
     new = rescore(policy, experience.trajectory, step, sample)
-    with torch.no_grad():
-        old = rescore(replace(policy, unet=helpers), experience.trajectory, step, sample)
+    old = rescore_by(helpers, policy, experience.trajectory, step, sample)
     h = credit[sample].to(new.log_prob.device).view(-1, PAIR)
     value = pair_loss((new.log_prob - old.log_prob).view(-1, PAIR), h, settings)
     return value, {"kl": len(experience.steps) * new.kl.view(-1, PAIR).mean(1)}

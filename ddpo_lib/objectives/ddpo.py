@@ -12,7 +12,7 @@ step is no decision. With `group_size` samples share their initial noise and are
 such a group alone: the group-relative advantage of Flow-GRPO and DanceGRPO (2025).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +21,7 @@ from ddpo_lib.experience import (
     frozen,
     pairs,
     rescore,
+    rescore_by,
     roll_out,
     shared_noise,
     standardise,
@@ -130,9 +131,7 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
 def kl_price(policy, experience, step, sample, new, reference) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(p_theta || p_pre) of decisions that are rescored as `new`, (U,): in the unit of the
     log-probability, with gradient; and of a whole trajectory, in nats."""
-    with torch.no_grad():
-        pretrained = replace(policy, unet=reference)
-        old = rescore(pretrained, experience.trajectory, step, sample)
+    old = rescore_by(reference, policy, experience.trajectory, step, sample)
     distance = kl(new.mean, old.mean, new.std)
     per = new.mean[0].numel() if experience.trajectory.reduction == "mean" else 1
     return distance / per, len(experience.steps) * distance.detach()

@@ -12,11 +12,11 @@ of two trajectories that of Bradley and Terry. The sum over steps stands inside 
 unit is a group of trajectories at K steps. The constants are public code's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from ddpo_lib.experience import frozen, rescore
+from ddpo_lib.experience import frozen, rescore, rescore_by
 from ddpo_lib.objectives.ddpo import check_groups
 from ddpo_lib.settings import check, number
 
@@ -76,8 +76,7 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     """The loss of each group at its steps."""
     step, sample = rows.flatten(0, 1).unbind(-1)
     new = rescore(policy, experience.trajectory, step, sample)
-    with torch.no_grad():
-        old = rescore(replace(policy, unet=helpers), experience.trajectory, step, sample)
+    old = rescore_by(helpers, policy, experience.trajectory, step, sample)
     shape = (len(rows), settings.group_size, -1)
     score = trajectory_scores((new.log_prob - old.log_prob).view(shape), settings)
     rewards = credit[sample.view(shape)[..., 0]].to(score.device)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpo_lib.experience import draw_steps, frozen, pairs, rescore, standardise
-from ddpo_lib.objectives.ddpo import kl_price
+from ddpo_lib.experience import frozen, rescore, standardise
+from ddpo_lib.objectives import ddpo
 from ddpo_lib.objectives.value import new_value, value_of, values
 from ddpo_lib.settings import check, number
 
@@ -48,10 +48,7 @@ def credit(experience, settings, loop, helpers) -> torch.Tensor:
 
 def units(experience, settings, loop, generator) -> list[torch.Tensor]:
     """Mini-batches of samples in random order; every decision is a unit of its own."""
-    n, size = len(experience.rewards), loop.minibatch_size
-    order = torch.randperm(n, generator=generator).view(-1, size)
-    steps, share = experience.steps, loop.timestep_fraction
-    return [pairs(draw_steps(steps, share, generator), samples) for samples in order]
+    return ddpo.units(experience, ddpo.Settings(), loop, generator)
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
@@ -61,7 +58,7 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     advantage, target = credit[:, step, sample].to(new.log_prob.device)
     ratio = new.log_ratio.exp()
     surrogate = -advantage * ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
-    price, whole = kl_price(policy, experience, step, sample, new, helpers["reference"])
+    price, whole = ddpo.kl_price(policy, experience, step, sample, new, helpers["reference"])
     error = 0.5 * (value_of(helpers["critic"], experience, step, sample) - target).square()
     n_steps = len(experience.steps)
     clipped = ((ratio.detach() - 1).abs() > settings.clip_range).double()

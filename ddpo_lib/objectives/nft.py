@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_lib.experience import corrupt, corruptions, frozen, roll_out
+from ddpo_lib.experience import corrupt, frozen, roll_out
 from ddpo_lib.objectives.ddpo import advantages
+from ddpo_lib.objectives.rwr import units  # noqa: F401
 from ddpo_lib.policy import predict_noise
 from ddpo_lib.settings import check, number
 
@@ -49,11 +50,6 @@ def rollout(policy, settings, loop, helpers, seeds, iteration, generator):
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """u, how good a sample is, in [0, 1], (N,) float32."""
     return advantages(experience.rewards, 5.0) / 10 + 0.5
-
-
-def units(experience, settings, loop, generator) -> list[torch.Tensor]:
-    """Mini-batches of samples in random order, each sample at several timesteps."""
-    return corruptions(experience, loop, settings.n_draws, generator)
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_lib.experience import corrupt, corruptions, frozen, roll_out
+from ddpo_lib.experience import corrupt, frozen, roll_out
+from ddpo_lib.objectives.rwr import units  # noqa: F401
 from ddpo_lib.policy import predict_noise
 from ddpo_lib.settings import check, number
 
@@ -44,11 +45,6 @@ def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """Rewards brought to [0, 1], (N,) float32; zeros where all are equal."""
     lowest, highest = experience.rewards.min(), experience.rewards.max()
     return ((experience.rewards - lowest) / (highest - lowest).clamp(min=1e-8)).float()
-
-
-def units(experience, settings, loop, generator) -> list[torch.Tensor]:
-    """Mini-batches of samples in random order, each sample at several timesteps."""
-    return corruptions(experience, loop, settings.n_draws, generator)
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:

@@ -92,11 +92,10 @@ def measure(
     result: dict = {}
     for domain, drawn in samples.items():
         real, people = embeddings[domain], age if domain == "faces" else None
-        ceiling = precision_recall(real, _embed(clip, fresh[domain].pictures))
         result[domain] = {
             **distance(real, clip, drawn.eta0, people),
             "eta1": distance(real, clip, drawn.eta1, people),
-            "ceiling": dict(zip(("precision", "recall"), ceiling, strict=True)),
+            "ceiling": distance(real, clip, fresh[domain].pictures, None),
             "neighbours": NEIGHBOURS,
             "n": len(drawn.eta0),
             "agreement": agreement(regressors, drawn.eta0[:N_AGREEMENT], domain),
