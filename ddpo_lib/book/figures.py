@@ -91,12 +91,13 @@ def tile(pictures: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 def identifier(name: str) -> str:
     """The artefact's number in the thesis: "fig_5_3_learning_curves" → "5.3", "table_5_1" →
     "table 5.1", "fig_b_1_…" → "B.1". What the thesis does not have is named after its notebook:
-    "extra_54_factor_shifts" → "extra 54". ValueError for other names."""
-    if match := re.fullmatch(r"extra_([0-9][0-9])_[a-z0-9_]+", name):
-        return f"extra {match[1]}"
+    "extra_54_factor_shifts" → "extra 54", "table_60_methods" → "table 60". ValueError for other
+    names."""
+    if match := re.fullmatch(r"(extra|table)_([0-9][0-9])_[a-z0-9_]+", name):
+        return f"{match[1]} {match[2]}"
     if match := re.fullmatch(r"(fig|table)_([0-9]+|[a-d])_([0-9]+)(_[a-z0-9_]+)?", name):
         return f"{'table ' if match[1] == 'table' else ''}{match[2].upper()}.{match[3]}"
-    forms = "fig_<chapter>_<number>_<slug>, table_<chapter>_<number> or extra_<notebook>_<slug>"
+    forms = "<fig|table>_<chapter>_<number>_<slug> or <extra|table>_<notebook>_<slug>"
     raise ValueError(f"{name!r} is no artefact's name: use {forms}")
 
 

@@ -14,6 +14,8 @@ COLUMNS = [
 ]  # fmt: skip
 N_KL = 64
 """Trajectories over which the divergence from the pretrained policy is averaged."""
+N_SHOWN = 8
+"""Images of each variant that are kept for the notebooks."""
 
 
 def table(profile: Profile):
@@ -45,6 +47,37 @@ def table(profile: Profile):
             ),
         })  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS).round(4)
+
+
+def images(profile: Profile) -> dict[str, np.ndarray]:
+    """The first images of the evaluation sets at eta = 0, uint8 (N_SHOWN, H, W, C): "pretrained",
+    and each task's first seed."""
+    shown = {}
+    for run in seeds.finished(profile):
+        before, after = results.sets(profile, run, eta=0.0)
+        shown.setdefault("pretrained", before[:N_SHOWN])
+        shown.setdefault(run.task, after[:N_SHOWN])
+    return shown
+
+
+def vendi_at(along, gain: float, column: str = "truth"):
+    """Of curves like `seeds.fooled`'s, by one sampler: the share of the Vendi score that is left
+    where a run's gain first reaches a value, between two iterations linearly. A DataFrame with a
+    row a run: task, seed, vendi, NaN where the run never came so far."""
+    import pandas as pd
+
+    rows = []
+    for (task, seed), own in along.groupby(["task", "seed"], sort=False):
+        gains, left = own[column].to_numpy(), own.vendi.to_numpy() / own.vendi.iloc[0]
+        at = int(np.argmax(gains >= gain))  # 0 where there is none
+        share = np.nan
+        if gains[at] >= gain:
+            before = max(at - 1, 0)
+            rise = gains[at] - gains[before]
+            part = (gain - gains[before]) / rise if rise > 0 else 1.0
+            share = left[before] + part * (left[at] - left[before])
+        rows.append([task, seed, share])
+    return pd.DataFrame(rows, columns=["task", "seed", "vendi"])
 
 
 def gains(profile: Profile, run: Run, judge: regressor.Regressor) -> dict[str, float]:

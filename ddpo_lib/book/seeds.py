@@ -3,7 +3,8 @@
 Three tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a
 row a finished run; factor_shifts.csv, what else changed in its images; and, in the toy world,
 fooled.csv, the long runs from iteration to iteration. Of profile methods, which `make methods`
-runs, it is methods.csv alone.
+runs, it is methods.csv; along.csv, like fooled.csv but of every run on the aesthetic score; and
+images.npz, some images of each method.
 """
 
 import functools
@@ -112,13 +113,17 @@ def main(name: str) -> None:
     profile = profiles.load(name)
     folder = paths.OUTPUT / "data" / "seeds" / name
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
-    if FOOLED in profile.tasks:
-        tables["fooled"] = fooled(profile, finished(profile, FOOLED))
     if name == "methods":
         from ddpo_lib.book import methods  # which builds on this module
 
-        tables = {"methods": methods.table(profile)}
+        aesthetic = [run for run in finished(profile) if run.reward == "aesthetic"]
+        tables = {"methods": methods.table(profile), "along": fooled(profile, aesthetic)}
+        with runs.replacing(folder / "images.npz") as draft:
+            np.savez_compressed(draft, **methods.images(profile))
+    else:
+        tables = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
+        if FOOLED in profile.tasks:
+            tables["fooled"] = fooled(profile, finished(profile, FOOLED))
     for title, rows in tables.items():
         with runs.replacing(folder / f"{title}.csv") as draft:
             rows.to_csv(draft, index=False)
