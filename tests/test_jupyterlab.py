@@ -5,71 +5,19 @@ Slow, and needs Chromium (`apt-get install chromium`):
     .venv/bin/python -m pytest -m slow tests/test_jupyterlab.py
 """
 
-import base64
-import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
+import browser
 import pytest
-from websocket import create_connection
 
 from ddpo_lib.book import paths
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
-]
-
-
-class Tab:
-    """A tab of a headless Chromium, driven through its DevTools protocol."""
-
-    def __init__(self, port):
-        request = urllib.request.Request(f"http://localhost:{port}/json/new", method="PUT")
-        address = json.load(urllib.request.urlopen(request))["webSocketDebuggerUrl"]
-        self.socket = create_connection(address, timeout=900, suppress_origin=True)
-        self.n = 0
-        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
-
-    def call(self, method, **parameters):
-        self.n += 1
-        self.socket.send(json.dumps({"id": self.n, "method": method, "params": parameters}))
-        while (answer := json.loads(self.socket.recv())).get("id") != self.n:
-            pass
-        return answer["result"]
-
-    def evaluate(self, script):
-        answer = self.call(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait_for(self, script, seconds=120):
-        for _ in range(4 * seconds):
-            if self.evaluate(script):
-                return
-            time.sleep(0.25)
-        raise TimeoutError(script)
-
-    def photograph(self, file):
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
-
-def wait_for(ready, seconds=60):
-    for _ in range(4 * seconds):
-        try:
-            return ready()
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError
+pytestmark = [pytest.mark.slow, browser.needs_chromium]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +42,7 @@ def lab(tmp_path_factory):
     with open(root / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         address = f"http://localhost:{port}"
-        wait_for(lambda: urllib.request.urlopen(f"{address}/api/status"))
+        browser.wait_for(lambda: urllib.request.urlopen(f"{address}/api/status"))
         yield address
         server.terminate()
         server.wait(30)
@@ -102,16 +50,8 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
-    profile = tmp_path_factory.mktemp("chromium")
-    command = [
-        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1600",
-        "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank",
-    ]  # fmt: skip
-    browser = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    port = wait_for(lambda: (profile / "DevToolsActivePort").read_text().splitlines()[0])
-    yield Tab(port)
-    browser.terminate()
-    browser.wait(30)
+    with browser.tab(tmp_path_factory.mktemp("chromium")) as tab:
+        yield tab
 
 
 CURRENT = "[...jupyterapp.shell.widgets('main')][0]"
