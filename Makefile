@@ -5,7 +5,7 @@ CORES ?= $(shell command -v nvidia-smi > /dev/null && echo 1 || $(PYTHON) -c 'im
 VENV := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help reproduce seeds methods report test lab bench toy
+.PHONY: help reproduce seeds methods book test lab bench toy
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -26,8 +26,8 @@ seeds: $(INSTALLED) ## five seeds of every task, hours; their tables go to data/
 methods: ## every method on one problem, hours; its table goes to data/seeds/methods
 	@$(MAKE) --no-print-directory seeds PROFILE=methods
 
-report: $(INSTALLED) ## one page with every figure: report.html
-	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --report report.html --config profile=$(PROFILE) --quiet
+book: $(INSTALLED) ## the notebooks as a site, with a gallery: book/index.html
+	@$(VENV)/python -m ddpo_lib.book.site
 
 test: $(INSTALLED) ## the test suite
 	@$(VENV)/python -m pytest -n 2 --dist loadfile
