@@ -15,7 +15,7 @@ from pathlib import Path
 from ddpo_lib.book import figures, paths
 
 CHAPTERS = {
-    "Start": "0", "2 · Diffusion models": "2", "3 · Reinforcement learning": "3",
+    "Start": "01", "2 · Diffusion models": "2", "3 · Reinforcement learning": "3",
     "4 · Denoising as decisions": "4", "5 · Finetuning": "5", "6 · Methods": "6",
     "Appendices": "ABCD",
 }  # fmt: skip
@@ -145,10 +145,11 @@ def _link(app, tree, page: str) -> None:
         pieces = []
         for mention in MENTION.split(text):
             kind = "table " if mention.startswith("Table") else ""
-            for piece in re.split(rf"(\(?{NUMBER}\)?)", mention):
+            for piece in re.split(rf"((?:[FT]\w+\s)?\(?{NUMBER}\)?)", mention):
                 pieces.append(nodes.Text(piece))
-                if MENTION.fullmatch(mention) and kind + piece in where:
-                    on, anchor = where[kind + piece]
+                number = kind + "".join(piece.split()[-1:])
+                if MENTION.fullmatch(mention) and number in where:
+                    on, anchor = where[number]
                     uri = f"{app.builder.get_relative_uri(page, on)}#{anchor}"
                     pieces[-1] = nodes.reference("", piece, refuri=uri, internal=True)
         text.parent.replace(text, pieces)
