@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = project
 html_copy_source = html_use_index = False
+html_show_copyright = False
 html_show_search_summary = False  # browsers do not let a page from the disk fetch another
 # MathJax, as in the notebooks, and all of it in one file: it needs neither network nor fonts.
 (mathjax,) = find_spec("sphinx-mathjax-offline").submodule_search_locations

@@ -134,6 +134,7 @@ def test_every_page_in_a_browser(book, pages, tab):
     for file in pages:
         tab.call("Page.navigate", url=file.as_uri())
         tab.wait_for(f"location.href === '{file.as_uri()}' && document.readyState === 'complete'")
+        tab.wait_for("!document.querySelector('.math') || !!window.MathJax?.startup?.promise")
         found = tab.evaluate(LOOK)
         assert found == {"formulas": 0, "errors": 0, "raw": [], "images": []}, file
     tab.call("Page.navigate", url=(book / "search.html").as_uri() + "?q=REINFORCE")
