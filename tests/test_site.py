@@ -40,6 +40,7 @@ def test_gallery_shows_every_artefact():
     shown = re.findall(r"^:name: (\w+)$", site.gallery(), re.MULTILINE)
     made = [entry["name"] for entry in figures.manifest() if entry["profile"] == "toy"]
     assert sorted(shown) == sorted(made)
+    assert "**Table A.1**" in site.gallery() and "**Figure 5.10**" in site.gallery()
     assert shown.index("fig_5_9_transition_aesthetic") < shown.index("fig_5_10_age_distribution")
 
 

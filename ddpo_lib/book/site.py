@@ -96,7 +96,8 @@ def _shown(entry: dict) -> list[str]:
         table = pd.read_csv(paths.FIGURES / files[0])
         rows = table.to_html(index=False, na_rep="", float_format="{:.4g}".format, border=0)
         content = f'<div class="table">{" ".join(rows.split())}</div>'
-    title = entry["id"].capitalize() if " " in entry["id"] else f"Figure {entry['id']}"
+    kind, _, number = entry["id"].rpartition(" ")
+    title = f"{kind.capitalize() or 'Figure'} {number}"
     file = f"[{Path(files[-1]).suffix[1:].upper()}](figures/{files[-1]})"
     is_there = (paths.NOTEBOOKS / f"{notebook}.ipynb").exists()
     source = f"[{notebook}](notebooks/{notebook}.ipynb)" if is_there else f"{notebook}, now renamed"
