@@ -13,10 +13,21 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ddpo_lib import checkpoints, diversity, objectives, parallel, policy, rewards, runs, sampler
+from ddpo_lib import (
+    adapter,
+    checkpoints,
+    diversity,
+    objectives,
+    parallel,
+    policy,
+    rewards,
+    runs,
+    sampler,
+)
 from ddpo_lib.experience import Experience, learnable_steps, roll_out
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
+from ddpo_lib.prompts import turns
 from ddpo_lib.settings import Finetune, learning_rate
 from ddpo_lib.update import update
 
@@ -100,22 +111,25 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     """One iteration, from 1: sample trajectories, score them, update the policy in place. Returns
     the rewards (n_samples,) of the samples, and what `update.update` returns of each step."""
     learner, settings, objective = training.learner, training.settings, training.objective
-    sample_seed, order_seed = _seeds(training.seed, iteration)
+    sample_seed, order_seed, _ = _seeds(training.seed, iteration)
     share = parallel.share(settings.n_samples)
     seeds = sampler.seeds(sample_seed, settings.n_samples)[share]
     generator = torch.Generator().manual_seed(order_seed)
+    chosen = prompts_of(settings, training.seed, iteration)
+    prompts = None if chosen is None else [settings.prompts[i] for i in chosen[share]]
+    context = policy.encode(learner, prompts)
     asked = (learner, training.own, settings, training.helpers)
     if hasattr(objective, "rollout"):
-        trajectory = objective.rollout(*asked, seeds, iteration, generator)
+        trajectory = objective.rollout(*asked, seeds, context, iteration, generator)
     else:
-        trajectory = roll_out(learner, settings, seeds)
+        trajectory = roll_out(learner, settings, seeds, context)
 
     def judge(x_0):
-        return parallel.gather(training.reward(policy.decode(learner, x_0))).cpu()
+        return parallel.gather(training.reward(policy.decode(learner, x_0), prompts)).cpu()
 
     scores = judge(trajectory.x_0.to(learner.device))
     steps = learnable_steps(trajectory.stds, settings.min_std)
-    experience = Experience(trajectory, scores, steps)
+    experience = Experience(trajectory, scores, steps, chosen)
     if getattr(objective, "SCORES_DENOISED", False):
         expected = sampler.denoised(learner, trajectory, settings.micro_batch)
         experience = dataclasses.replace(experience, denoised=torch.stack([*map(judge, expected)]))
@@ -144,6 +158,14 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     return scores, updates
 
 
+def prompts_of(settings: Finetune, seed: int, iteration: int) -> torch.Tensor | None:
+    """Which of settings.prompts each sample of an iteration has, see `turns`; None without any."""
+    if not settings.prompts:
+        return None
+    n, size = len(settings.prompts), settings.samples_per_prompt
+    return turns(n, size, settings.n_samples, _seeds(seed, iteration)[2])
+
+
 def development_seeds(seed: int, n: int) -> list[int]:
     """The seeds of the development set (A.1) of a run with this seed, for `sampler.noise`."""
     return sampler.seeds(_seeds(seed, 0)[0], n)
@@ -158,19 +180,24 @@ def prepare(base, reward, objective, settings, seed, own=None, embed=None) -> Tr
     own = objective.Settings() if own is None else own
     if not isinstance(own, objective.Settings):
         raise ValueError(f"objective_settings={own!r}: must be a {objective.__name__}.Settings")
-    if rewards.needs_prompts(reward):
+    if base.text is None and rewards.needs_prompts(reward):
         title = f"the reward {rewards.name(reward)!r}"
         raise ValueError(f"{title} reads prompts: this policy needs a function of images alone")
+    policy.encode(base, (*settings.prompts, *settings.unseen_prompts) or None)
+    if settings.adapter_rank and base.text is None:
+        raise ValueError(f"adapter_rank={settings.adapter_rank}: the policy takes no text, take 0")
     t, t_prev = policy.steps(base, settings.n_steps)
     learnable_steps(policy.sigma(base, t, t_prev, settings.eta), settings.min_std)
-    helpers = objective.helpers(base, own, settings)
     # The layout that `policy.load` gives, so that a run rounds alike before and after a stop.
     unet = copy.deepcopy(base.unet).to(memory_format=torch.channels_last)
+    if settings.adapter_rank:
+        adapter.add(unet, settings.adapter_rank, settings.adapter_alpha, seed)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     bf16 = settings.bf16 and policy.has_bf16(base.device)
     learner = dataclasses.replace(base, unet=unet, bf16=bf16)
-    learned = [{"params": list(unet.parameters()), "factor": 1.0}]
+    helpers = objective.helpers(learner, own, settings)
+    learned = [{"params": [p for p in unet.parameters() if p.requires_grad], "factor": 1.0}]
     if own_weights := [p for p in helpers.parameters() if p.requires_grad] if helpers else []:
         learned += [{"params": own_weights, "factor": getattr(own, "helper_rate", 1.0)}]
     optimizer = torch.optim.AdamW(learned, weight_decay=settings.weight_decay)
@@ -196,8 +223,7 @@ def _run(training: Training, home: Path, on_iteration) -> None:
     settings, main = training.settings, parallel.is_main()
     done, resumed = runs.iterations_done(home), (home / "last").exists()
     if resumed:
-        learner = training.learner
-        learner.unet.load_state_dict(checkpoints.load_learner(home, learner).unet.state_dict())
+        checkpoints.restore_learner(home, training.learner)
         checkpoints.restore(home, training.optimizer, training.helpers)
     if main:
         runs.drop_after(home, done if resumed else -1)
@@ -214,7 +240,9 @@ def _run(training: Training, home: Path, on_iteration) -> None:
             names = [name for name in updates[0] if name != "update"]
             means = {name: float(np.mean([each[name] for each in updates])) for name in names}
             row = {"iteration": iteration, **scored, **means}
+            chosen = prompts_of(settings, training.seed, iteration)
             lists = {"rewards": scores.tolist(), "updates": updates}
+            lists |= {} if chosen is None else {"prompts": chosen.tolist()}
             row = _keep(training, home, row, lists, start)
         except FloatingPointError as error:
             kept = f"{home} keeps the checkpoint of iteration {iteration - 1}"
@@ -261,11 +289,15 @@ def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
     learner, settings = training.learner, training.settings
     n, progress = settings.n_development, "development set" if parallel.is_main() else None
     seeds = development_seeds(training.seed, n)[parallel.share(n)]
+    every = [settings.prompts[i % len(settings.prompts)] for i in range(n * bool(settings.prompts))]
+    prompts = every[parallel.share(n)] or None
+    context = policy.encode(learner, prompts)
     options = {"seeds": seeds, "batch_size": settings.micro_batch, "progress": progress}
     x_T = sampler.noise(learner, seeds)
-    images = policy.decode(learner, sampler.sample(learner, x_T, settings.n_steps, eta, **options))
+    x_0 = sampler.sample(learner, x_T, settings.n_steps, eta, context=context, **options)
+    images = policy.decode(learner, x_0)
     pictures = parallel.gather(rewards.to_uint8(images)).numpy()
-    return pictures, parallel.gather(training.reward(images)).cpu().numpy()
+    return pictures, parallel.gather(training.reward(images, prompts)).cpu().numpy()
 
 
 def _warn_of_collapse(home: Path) -> None:
@@ -284,5 +316,5 @@ def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:
-    """Of an iteration's samples, and of its mini-batches; iteration 0 is the development set's."""
-    return np.random.SeedSequence([seed, iteration]).generate_state(2).tolist()
+    """Of an iteration's samples, mini-batches and prompts; iteration 0 is the development set's."""
+    return np.random.SeedSequence([seed, iteration]).generate_state(3).tolist()

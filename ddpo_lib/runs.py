@@ -230,6 +230,7 @@ def whole(folder: Path) -> Iterator[None]:
 def _flat(content: dict, prefix: str = "") -> dict:
     flat = {}
     for k, v in content.items():
+        v = list(v) if isinstance(v, tuple) else v  # as they come back from JSON
         flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return flat
 

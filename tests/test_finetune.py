@@ -358,7 +358,7 @@ def test_finished_run_returns_without_loading_or_scoring(finetune, brightness, m
     home = finetune()
     expected = everything(home)
     monkeypatch.setattr(loop, "iterate", None)
-    monkeypatch.setattr(checkpoints, "load_learner", None)
+    monkeypatch.setattr(checkpoints, "restore_learner", None)
     assert finetune() == home
     assert brightness.calls == N_CALLS
     assert_same(home, expected)

@@ -580,7 +580,7 @@ def test_latent_diffusion_is_refused(policy, tmp_path):
     """Its network has three channels, and its latents would pass for images."""
     vqvae = VQModel(norm_num_groups=4, block_out_channels=(4,), num_vq_embeddings=4)
     LDMPipeline(vqvae, policy.unet, DDIMScheduler(1000)).save_pretrained(tmp_path / "p")
-    supported = "'pipeline': ('DDPMPipeline', 'DDIMPipeline')"
+    supported = "'pipeline': ('DDPMPipeline', 'DDIMPipeline', 'StableDiffusionPipeline')"
     assert_refused(tmp_path / "p", "'pipeline': 'LDMPipeline'", supported)
 
 
@@ -590,8 +590,8 @@ def test_other_pipeline_or_network_is_refused_before_it_is_read(policy, tmp_path
     index = tmp_path / "p/model_index.json"
     edit(index, unet=["diffusers", "UNet2DConditionModel"])
     assert_refused(tmp_path / "p", "'unet': 'UNet2DConditionModel'", "'unet': ('UNet2DModel',)")
-    edit(index, _class_name="StableDiffusionPipeline", scheduler=["diffusers", "PNDMScheduler"])
-    assert_refused(tmp_path / "p", "'pipeline': 'StableDiffusionPipeline'", "'pipeline': ('DDPM")
+    edit(index, _class_name="StableDiffusionPipeline", unet=["diffusers", "UNet2DModel"])
+    assert_refused(tmp_path / "p", "'text-to-image unet': 'UNet2DModel'", "'text-to")
     edit(index, _class_name="FluxPipeline", unet=None, transformer=["diffusers", "Flux"])
     assert_refused(tmp_path / "p", "'pipeline': 'FluxPipeline'", "'pipeline': ('DDPM")
 

@@ -223,8 +223,9 @@ def test_checkpoint_continues_to_the_bit(new_policy, tmp_path, layout):
     train_a_little(policy, optimizer)
     checkpoints.save_last(tmp_path, policy, optimizer, None, 2)
 
-    again = checkpoints.load_learner(tmp_path, policy)
+    again = new_policy()
     again.unet.to(memory_format=layout)
+    checkpoints.restore_learner(tmp_path, again)
     optimizer_again = new_optimizer(again)
     checkpoints.restore(tmp_path, optimizer_again, None)
     assert runs.iterations_done(tmp_path) == 2

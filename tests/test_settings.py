@@ -29,6 +29,9 @@ NUMBERS = {
     "warmup": ([0, 0.5, 1], [-EPS, 1 + EPS], ">= 0 and <= 1"),
     "final_lr_fraction": ([0, 0.5, 1], [-EPS, 1 + EPS], ">= 0 and <= 1"),
     "weight_decay": ([0, 1], [-EPS, 1 + EPS], ">= 0 and <= 1"),
+    "samples_per_prompt": ([2, 100], [1, 0, -2], ">= 2"),
+    "adapter_rank": ([0, 1, 64], [-1], ">= 0"),
+    "adapter_alpha": ([EPS, 32], [0, -1.0], "> 0"),
     "max_grad_norm": ([EPS, 1e9], [0, 0.0, -1.0], "> 0"),
     "n_development": ([2, 1000], [1, 0, -1], ">= 2"),
 }
@@ -38,6 +41,7 @@ CHOICES = {
     "select_by": ("development", "stochastic"),
 }
 SWITCHES = ("gradient_checkpointing", "bf16")
+TEXTS = ("prompts", "unseen_prompts")
 TYPES = {field.name: field.type for field in dataclasses.fields(Finetune)}
 
 
@@ -51,9 +55,9 @@ def cases(column):
 
 
 def test_every_field_has_a_range_or_choices():
-    assert set(TYPES) == {*NUMBERS, *CHOICES, *SWITCHES}
+    assert set(TYPES) == {*NUMBERS, *CHOICES, *SWITCHES, *TEXTS}
     for field in dataclasses.fields(Finetune):
-        assert field.metadata or field.type is bool, field.name
+        assert field.metadata or field.type in (bool, tuple), field.name
 
 
 def test_defaults_are_the_hyperparameters_of_table_a_2():
@@ -97,6 +101,8 @@ def test_value_of_another_type_is_refused(name, value):
     kind = TYPES[name]
     if type(value) is kind or (kind is float and type(value) is int):
         return
+    if name in TEXTS and type(value) is list:
+        return  # a list does for a tuple; what is in it, tests/test_text.py looks at
     with pytest.raises(ValueError, match=message(name, value, f"of type {kind.__name__}")):
         Finetune(**{name: value})
 

@@ -15,7 +15,7 @@ Every objective answers the same questions, as functions under agreed names:
 
 and, where it differs from DDPO:
 
-    rollout(policy, settings, loop, helpers, seeds, iteration, generator)
+    rollout(policy, settings, loop, helpers, seeds, context, iteration, generator)
                                                       who samples, and from where? a Trajectory; by
                                                       default the learner, from each seed's noise
     tend(settings, helpers, optimizer, iteration)     what is done between iterations?
