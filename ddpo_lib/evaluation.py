@@ -8,6 +8,7 @@ import torch
 from ddpo_lib import policy as policies
 from ddpo_lib import rewards, sampler
 from ddpo_lib.log_probs import kl
+from ddpo_lib.settings import check_whole
 
 
 def draw(policy, n, n_steps, seed, eta=0.0, batch_size=100, progress=None) -> np.ndarray:
@@ -62,6 +63,8 @@ def bootstrap(
         samples: finite arrays (n, …), n at least 2, whose rows belong together, for instance scores
             of pictures from the same noise before and after: they are resampled together.
     """
+    check_whole("seed", seed, 0)
+    check_whole("n_bootstrap", n_bootstrap, 1)
     lengths = [len(sample) for sample in samples]
     if len(set(lengths)) != 1 or lengths[0] < 2:
         raise ValueError(f"samples of {lengths} rows: all need the same number of them, at least 2")
@@ -75,7 +78,7 @@ def bootstrap(
 
 def effect_size(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, float, float]:
     """`change` and its 95 % interval; entry i of before and after (n,) is from the same noise."""
-    if np.ptp(before) == 0:
+    if len(before) and np.ptp(before) == 0:
         said = f"all {len(before)} values before are {before[0]}"
         raise ValueError(f"{said}: there is no standard deviation to measure a change in")
     return bootstrap(change, before, after, seed=seed)

@@ -28,7 +28,7 @@ from ddpo_lib.experience import Experience, learnable_steps, roll_out
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
 from ddpo_lib.prompts import turns
-from ddpo_lib.settings import Finetune, learning_rate
+from ddpo_lib.settings import Finetune, check_whole, learning_rate
 from ddpo_lib.update import update
 
 COLLAPSED = 0.5
@@ -174,12 +174,15 @@ def development_seeds(seed: int, n: int) -> list[int]:
 def prepare(base, reward, objective, settings, seed, own=None, embed=None) -> Training:
     """A finetuning at its beginning; arguments as in `finetune`. Everything that can be refused is
     looked at here, before anything is written or long."""
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed={seed!r}: must be a whole number from 0 up")
+    check_whole("seed", seed, 0)
     objective = objectives.load(objective)
     own = objective.Settings() if own is None else own
-    if not isinstance(own, objective.Settings):
-        raise ValueError(f"objective_settings={own!r}: must be a {objective.__name__}.Settings")
+    expected = {"policy": (base, Policy), "settings": (settings, Finetune)}
+    expected |= {"objective_settings": (own, objective.Settings)}
+    for argument, (value, kind) in expected.items():
+        if not isinstance(value, kind):
+            needed = f"must be a {kind.__module__}.{kind.__name__}"
+            raise ValueError(f"{argument}={value!r}: {needed}")
     if base.text is None and rewards.needs_prompts(reward):
         title = f"the reward {rewards.name(reward)!r}"
         raise ValueError(f"{title} reads prompts: this policy needs a function of images alone")

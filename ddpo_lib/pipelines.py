@@ -79,7 +79,7 @@ def _read_pipeline(source: str) -> tuple:
     import diffusers  # takes seconds: the functions that need it do so
 
     if hub.locate(source) is None and not Path(source).is_dir():
-        raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
+        raise FileNotFoundError(f"no policy at {source!r}: there is no such folder")
     folder = hub.fetch("policy", source)
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

@@ -38,6 +38,20 @@ def check(settings) -> None:
             raise ValueError(f"{entry.name}={value!r}: must be {needed}")
 
 
+def check_whole(name: str, value, low: int) -> None:
+    """ValueError unless the value of an argument is a whole number from `low` up."""
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name}={value!r}: must be a whole number from {low} up")
+
+
+def check_like(name: str, value, default) -> None:
+    """ValueError unless a parameter is of its default's kind: a seed, a count, a finite number."""
+    if type(default) is int or (name.startswith("n_") and value is not None):
+        check_whole(name, value, int(name != "seed"))
+    elif type(default) is float and not (type(value) in (int, float) and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
+
+
 SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
 """Settings of `Finetune` that change memory and speed, and results by no more than rounding."""
 

@@ -10,7 +10,7 @@ import yaml
 
 from ddpo_lib import objectives, rewards
 from ddpo_lib.book import paths
-from ddpo_lib.settings import Finetune, check, choice, number
+from ddpo_lib.settings import Finetune, check, check_whole, choice, number
 
 MODELS = ("clip", "aesthetic", "age")
 
@@ -187,8 +187,7 @@ def _batch_entry(run) -> dict:
     n = run.get("seeds", 1)
     if "seed" in run and "seeds" in run:
         raise ValueError(f"runs: {run} has a seed and a number of seeds: give one of them")
-    if type(n) is not int or n < 1:
-        raise ValueError(f"runs: seeds={n!r}: must be a whole number from 1 up")
+    check_whole("runs: seeds", n, 1)
     return run
 
 

@@ -41,7 +41,7 @@ def load(objective: str | ModuleType) -> ModuleType:
         ours = "." not in objective and importlib.util.find_spec(f"{__name__}.{objective}")
         try:
             objective = importlib.import_module(ours.name if ours else objective)
-        except ImportError as error:
+        except Exception as error:
             advice = "name one of ddpo_lib.objectives, 'ddpo', or an importable one of your own"
             said = f"cannot import the objective {objective!r}: {error}"
             raise ValueError(f"{said}; {advice}") from error
