@@ -643,22 +643,3 @@ def test_groups_share_noise_and_are_compared_alone(method):
         rewards = seen.rewards[group].double()
         expected = (rewards - rewards.mean()) / rewards.std(correction=0)
         torch.testing.assert_close(credit[group].double(), expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "objective, own, message",
-    [
-        ("ddpo", {"group_size": 3}, "n_samples=8 is no multiple of the groups' size, 3"),
-        ("hrf", {"group_size": 5}, "no multiple of the groups' size, 5"),
-        ("dense", {"group_size": 8}, "minibatch_size=4: must be a multiple of group_size=8"),
-    ],
-)
-def test_groups_that_do_not_fit_are_refused_at_once(finetune, objective, own, message):
-    own = objectives.load(objective).Settings(**own)
-    with pytest.raises(ValueError, match=message):
-        finetune(objective=objective, own=own, **{k: v for k, v in LOOP.items() if k != "bf16"})
-
-
-def test_odd_mini_batches_have_no_pairs(finetune):
-    with pytest.raises(ValueError, match="minibatch_size=3: D3PO learns from pairs"):
-        finetune(objective="d3po", n_samples=6, minibatch_size=3)

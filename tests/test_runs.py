@@ -66,13 +66,6 @@ def test_setting_that_is_younger_than_the_run_had_its_default(home):
         runs.open_folder(home, changed(timestep_fraction=0.5), SETTINGS)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}'])
-def test_damaged_settings_are_named(home, text):
-    (home / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings.json is damaged"):
-        runs.open_folder(home, IDENTITY, SETTINGS)
-
-
 @pytest.mark.parametrize("name", ["last", "best", "metrics.jsonl"])
 def test_folder_without_settings_is_not_adopted(home, name):
     (home / name).mkdir()
