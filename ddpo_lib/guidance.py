@@ -43,7 +43,8 @@ def gradient(policy, loss: Loss, x_t, t, context=None) -> tuple[torch.Tensor, to
         if shape != (n,):
             raise ValueError(f"loss returned shape {shape} for {n} images: it must be shape ({n},)")
         if not values.requires_grad:
-            raise ValueError("loss returned values without a gradient: it must be made of torch's")
+            advice = "compute them in torch, without detach or no_grad"
+            raise ValueError(f"loss returned values without a gradient: {advice}")
         return torch.autograd.grad(values.sum(), x_t)[0], eps.detach()
 
 

@@ -33,7 +33,6 @@ def invert(policy, x_0, n_steps, n_evaluations=1, batch_size=100, progress=None)
     """
     sampler.check_shape(policy, x_0)
     check_whole("n_evaluations", n_evaluations, 1)
-    check_whole("batch_size", batch_size, 1)
     policy = unclamped(policy)
     t, t_prev = steps(policy, n_steps)
     c = (policy.alpha_bar_at(t_prev) / policy.alpha_bar_at(t)).sqrt().flatten()

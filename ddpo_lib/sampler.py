@@ -129,6 +129,7 @@ def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 100) -> t
 
 def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transition:
     """The transition of a whole batch at one timestep (0-d t, t_prev), `batch_size` at a time."""
+    check_whole("batch_size", batch_size, 1)
     t, t_prev = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev))
 
     def split(n: int) -> list[Transition]:
@@ -153,7 +154,6 @@ def check_shape(policy: Policy, x: torch.Tensor) -> None:
 def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip=0) -> Iterator:
     """Yield (mean, std, x_prev) of each step, from noise to image."""
     check_shape(policy, x_T)
-    check_whole("batch_size", batch_size, 1)
     if eta > 0 and (seeds is None or len(seeds) != len(x_T)):
         raise ValueError(f"eta={eta}: a stochastic sampler needs a seed for each of {len(x_T)}")
     pairs = list(zip(*steps(policy, n_steps), strict=True))
@@ -173,8 +173,7 @@ def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip
 
 def _draws(policy: Policy, seeds: Sequence[int], stream: int) -> Iterator[torch.Tensor]:
     """Noise (N, C, H, W) without end, on the CPU; the streams of one seed are independent."""
-    if len(seeds) == 0:
-        raise ValueError("no seeds: give one for each sample")
+    check_whole("number of seeds", len(seeds), 1)
     mixed = [np.random.SeedSequence([seed, stream]).generate_state(1)[0] for seed in seeds]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in mixed]
     while True:

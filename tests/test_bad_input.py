@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import shutil
+import signal
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -756,7 +757,7 @@ entry("sampler", ValueError, do, [
     (lambda w: sampler.seeds(0, 0), "n=0: must be a whole number from 1 up"),
     (lambda w: sampler.seeds(0, -2), "n=-2: must be a whole number from 1 up"),
     (lambda w: sampler.seeds(0, 2.5), "n=2.5: must be a whole number from 1 up"),
-    (lambda w: sampler.noise(w.policy, []), "no seeds"),
+    (lambda w: sampler.noise(w.policy, []), "number of seeds=0: must be"),
     (lambda w: log_probs.log_prob(w.x_T, w.x_T, torch.ones(2), "median"), "'median': must be one"),
     (lambda w: experience.learnable_steps(torch.zeros(4)), "no step has sigma_t > 0.0, the"),
     (lambda w: experience.learnable_steps(torch.ones(4), 2.0), "lower min_std"),
@@ -874,6 +875,7 @@ def command(world, line):
     """`python -m ddpo_lib.…` in this process."""
     module, *arguments = line.split()
     world.patch.setattr(sys, "argv", [module, *arguments])
+    world.patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     main = importlib.import_module(f"ddpo_lib.{module}").main
     main(arguments) if module == "toy.make" else main()
 
@@ -908,6 +910,8 @@ entry("command", SystemExit, command, [
     ("book.finetuning thesis faces aesthetic", "HF_HUB_OFFLINE is set"),
     ("book.seeds", "the following arguments are required: profile"),
     ("book.seeds tyo", "Nothing was done: unknown profile 'tyo'"),
+    ("book.batch plan thesis", "HF_HUB_OFFLINE is set"),
+    ("book.seeds thesis", "HF_HUB_OFFLINE is set"),
     ("book.seeds toy", "Nothing was done: no run of profile toy is finished"),
     ("book.seeds toy 3", "unrecognized arguments: 3"),
     ("toy.make dogs", "unknown: dogs; choose from faces, churches"),

@@ -25,8 +25,7 @@ def begin(notebook: str) -> Page:
     """Check the notebook's parameters and print versions and device.
 
     The parameters cell, and the one that papermill injects after it, start with "# Parameters".
-    ValueError for a parameter that the notebook does not have, about which papermill only warns,
-    and for a value that cannot be.
+    ValueError for one that the notebook lacks, about which papermill only warns, or cannot use.
     """
     space = get_ipython().user_ns
     cells = [cell for cell in space["In"] if cell.lstrip().startswith("# Parameters")]
@@ -41,7 +40,8 @@ def begin(notebook: str) -> Page:
     if "policy" in known and space["policy"] not in policies:
         raise ValueError(f"unknown policy {space['policy']!r}: {space['profile']} has {policies}")
     for name, node in batch.parameters(notebook).items():
-        check_like(name, space.get(name), ast.literal_eval(node))
+        default = ast.literal_eval(node)
+        check_like(name, space.get(name, default), default)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     threads = torch.get_num_threads()

@@ -118,7 +118,7 @@ def main() -> None:
         profile = profiles.load(name)
         if not finished(profile):  # empty tables would replace those that are there
             raise ValueError(f"no run of profile {name} is finished: `make seeds PROFILE={name}`")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"Nothing was done: {error}")
     folder = paths.OUTPUT / "data" / "seeds" / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def load(objective: str | ModuleType) -> ModuleType:
             objective = importlib.import_module(ours.name if ours else objective)
         except Exception as error:
             advice = "name one of ddpo_lib.objectives, 'ddpo', or an importable one of your own"
-            said = f"cannot import the objective {objective!r}: {error}"
+            said = f"cannot import the objective {objective!r}: {type(error).__name__}: {error}"
             raise ValueError(f"{said}; {advice}") from error
     if missing := [name for name in FUNCTIONS if not hasattr(objective, name)]:
         title = f"the objective {getattr(objective, '__name__', objective)!r}"
