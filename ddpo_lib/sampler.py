@@ -38,7 +38,7 @@ class Trajectory:
 def seeds(seed: int, n: int) -> list[int]:
     """n seeds, one a sample; entry i depends on `seed` and i alone, not on n."""
     check_whole("seed", seed, 0)
-    check_whole("n", n, 1)
+    check_whole("n", n, 0)
     return [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(n)]
 
 
