@@ -150,7 +150,7 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     for rows in tqdm(batches, desc="update", leave=False, disable=not parallel.is_main()):
         n = (iteration - 1) * len(batches) + len(updates)
         step = {"n_units": len(rows), "rate": learning_rate(n / max(1, n_updates - 1), settings)}
-        mine = _local(rows, share)
+        mine = parallel.local(rows, share)
         done = update(learner.unet, training.optimizer, mine, loss, **step, **limits)
         updates.append({"update": n, **done})
     if hasattr(objective, "tend"):
@@ -181,8 +181,7 @@ def prepare(base, reward, objective, settings, seed, own=None, embed=None) -> Tr
     expected |= {"objective_settings": (own, objective.Settings)}
     for argument, (value, kind) in expected.items():
         if not isinstance(value, kind):
-            needed = f"must be a {kind.__module__}.{kind.__name__}"
-            raise ValueError(f"{argument}={value!r}: {needed}")
+            raise ValueError(f"{argument}={value!r}: must be a {kind.__module__}.{kind.__name__}")
     if base.text is None and rewards.needs_prompts(reward):
         title = f"the reward {rewards.name(reward)!r}"
         raise ValueError(f"{title} reads prompts: this policy needs a function of images alone")
@@ -309,13 +308,6 @@ def _warn_of_collapse(home: Path) -> None:
     if vendi[-1] < COLLAPSED * vendi[0] <= vendi[-2]:
         fall = f"the training sampler's Vendi score fell from {vendi[0]:.2f} to {vendi[-1]:.2f}"
         tqdm.write(f"iteration {len(vendi) - 1}: {fall}: its images become alike")
-
-
-def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:
-    """The units (U, D, 2) whose samples this process holds, counted from its first."""
-    mine = rows[((rows[..., 1] >= share.start) & (rows[..., 1] < share.stop)).all(1)].clone()
-    mine[..., 1] -= share.start
-    return mine
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:

@@ -309,7 +309,7 @@ entry("run of a profile", ValueError, do, [
     (run_of(seed="a"), "seed='a': must be of type int"),
     (run_of(seed=True), "seed=True: must be of type int"),
     (run_of(seed=None), "seed=None: must be of type int"),
-    (run_of(lerning_rate=1e-5), "settings: unknown ['lerning_rate']; known are ['advantage_clip'"),
+    (run_of(lerning_rate=1e-5), "settings: unknown ['lerning_rate']; known are ['adapter_alpha'"),
     (run_of(jpeg_encoding="zip"), "jpeg_encoding='zip': must be one of ('rescaled', 'published')"),
     (run_of(objective="ppo2"), "cannot import the objective 'ppo2'"),
     (run_of(objective=ddpo), "must be a name"),
@@ -550,7 +550,8 @@ entry("policy folder", FileNotFoundError, do, [
 ])
 
 entry("policy", ValueError, do, [
-    (altered(config(INDEX, _class_name="StableDiffusionPipeline")), "supported are {'pipeline': ("),
+    (altered(config(INDEX, _class_name="StableDiffusionPipeline")), "supported are {'text-to-image"),
+    (altered(config(INDEX, _class_name="DiTPipeline")), "supported are {'pipeline': ("),
     (altered(config(INDEX, unet=["diffusers", "UNet1DModel"])), "supported are {'unet': ('UNet2DM"),
     (altered(config(INDEX, unet=None)), "not supported are {'unet': None}"),
     (altered(config(INDEX, scheduler=["diffusers", "PNDMScheduler"])), "{'scheduler':"),
