@@ -27,7 +27,7 @@ from ddpo_lib import (
 from ddpo_lib.experience import Experience, learnable_steps, roll_out
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
-from ddpo_lib.prompts import turns
+from ddpo_lib.prompts import cycle, turns
 from ddpo_lib.settings import Finetune, check_whole, learning_rate
 from ddpo_lib.update import update
 
@@ -291,8 +291,7 @@ def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
     learner, settings = training.learner, training.settings
     n, progress = settings.n_development, "development set" if parallel.is_main() else None
     seeds = development_seeds(training.seed, n)[parallel.share(n)]
-    every = [settings.prompts[i % len(settings.prompts)] for i in range(n * bool(settings.prompts))]
-    prompts = every[parallel.share(n)] or None
+    prompts = (cycle(settings.prompts, n) or [])[parallel.share(n)] or None
     context = policy.encode(learner, prompts)
     options = {"seeds": seeds, "batch_size": settings.micro_batch, "progress": progress}
     x_T = sampler.noise(learner, seeds)

@@ -33,6 +33,11 @@ def load(source: str | Path | Sequence[str], **slots: Sequence[str]) -> list[str
     return _checked([_article(str(source).format(**words)) for words in filled])
 
 
+def cycle(prompts: Sequence[str], n: int) -> list[str] | None:
+    """The prompts of n images of a set, one after the other; None where there are none."""
+    return [prompts[i % len(prompts)] for i in range(n)] if prompts else None
+
+
 def turns(n_prompts: int, size: int, n_samples: int, seed: int) -> torch.Tensor:
     """Which prompt each of n_samples has, (n_samples,) int64, in runs of `size`: all prompts take
     turns, each round in another order, which the seed decides."""

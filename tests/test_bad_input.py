@@ -550,7 +550,7 @@ entry("policy folder", FileNotFoundError, do, [
 ])
 
 entry("policy", ValueError, do, [
-    (altered(config(INDEX, _class_name="StableDiffusionPipeline")), "supported are {'text-to-image"),
+    (altered(config(INDEX, _class_name="StableDiffusionPipeline")), "supported are {'text-to"),
     (altered(config(INDEX, _class_name="DiTPipeline")), "supported are {'pipeline': ("),
     (altered(config(INDEX, unet=["diffusers", "UNet1DModel"])), "supported are {'unet': ('UNet2DM"),
     (altered(config(INDEX, unet=None)), "not supported are {'unet': None}"),

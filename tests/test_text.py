@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -379,3 +380,43 @@ def test_import_is_light():
     script = "import sys, ddpo_lib.finetune; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
     assert not {"diffusers", "transformers", "peft"} & set(loaded.split())
+
+
+def test_a_profile_runs_text_to_image_to_its_card(folder, tmp_path, monkeypatch):
+    """Prompts by a template, an adapter, evaluation sets of trained and unseen prompts, the card's
+    own code."""
+    import re
+
+    from ddpo_lib.book import finetuning, paths, profiles, results
+
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(paths, "CONFIG", tmp_path)
+    toy = {name: str(paths.TOY / name) for name in profiles.MODELS}
+    (tmp_path / "little.yaml").write_text(json.dumps({
+        "policies": {"sd": str(folder)}, "models": toy,
+        "evaluation": {"n": 4, "n_steps": 4},
+        "finetune": {
+            "n_iterations": 1, "n_samples": 4, "minibatch_size": 4, "n_steps": 4, "bf16": False,
+            "n_development": 3, "adapter_rank": 2, "learning_rate": 1e-2, "guidance": 3.0,
+            "prompts": {"template": "a {colour} cat", "colour": ["red", "blue"]},
+            "unseen_prompts": ["a dog"],
+        },
+        "tasks": {"red": {"reward": f"{__name__}:redness"}},
+    }))  # fmt: skip
+    profile = profiles.load("little")
+    run = profile.run("sd", "red")
+    assert run.settings.prompts == ("a red cat", "a blue cat")
+    monkeypatch.setattr(paths, "CONFIG", paths.ROOT / "config")
+    home = finetuning.finetune(run)
+    told = results.finish(profile, run)
+    assert np.isfinite([told["eta0"]["effect_size"], told["eta1"]["vendi_ratio"]]).all()
+    seen, unseen = (results.sets(profile, run, 0.0, p) for p in (None, ("a dog",)))
+    assert not np.array_equal(seen[1], unseen[1])
+
+    card = (home / "best/README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    code = re.search("```python\n(.*?)```", card, re.S)[1].replace("PATH OR ID OF THIS MODEL",
+                                                                   str(home / "best"))  # fmt: skip
+    space = {}
+    exec(code.replace("num_images_per_prompt=4", "num_images_per_prompt=1"), space)
+    assert len(space["images"]) == 1
