@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpo_lib import policy, runs
+from ddpo_lib import adapter, policy, runs
 from ddpo_lib.policy import Policy
 
 
 def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: int) -> None:
-    """Write last/: the policy, its helpers' learned weights (frozen ones come back from the
-    pretrained policy), the optimizer's moments, the position, and a checksum of each file."""
+    """Write last/: the policy, or its adapter alone, its helpers' learned weights (frozen ones come
+    back from the pretrained policy), the optimizer's moments, the position, and a checksum of each
+    file."""
     with runs.replacing_folder(home / "last") as draft:
         policy.save(learner, draft)
         moments = {
@@ -29,19 +30,23 @@ def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: 
 
 
 def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> None:
-    """Write best/, a plain DDPMPipeline folder, with its record."""
+    """Write best/, a folder that plain diffusers loads, see `policy.save`, with its record."""
     with runs.replacing_folder(home / "best") as draft:
         policy.save(learner, draft)
         runs.write_json(draft / "best.json", {"iteration": iteration, "reward": reward})
 
 
-def load_learner(home: Path, base: Policy) -> Policy:
-    """The policy in last/, on the device of its base. ValueError if a file of last/ is damaged."""
-    with runs.whole(home / "last"):
-        for name, known in runs.read_json(home / "last/state.json")["sha256"].items():
-            if runs.sha256(home / "last" / name) != known:
+def restore_learner(home: Path, learner: Policy) -> None:
+    """Put last/'s weights into the policy's network. ValueError if a file of last/ is damaged."""
+    last = home / "last"
+    with runs.whole(last):
+        for name, known in runs.read_json(last / "state.json")["sha256"].items():
+            if runs.sha256(last / name) != known:
                 raise ValueError(f"{name} is not what was written")
-        return policy.load(home / "last", device=str(base.device), bf16=base.bf16)
+        if adapter.is_in(learner.unet):
+            adapter.restore(learner.unet, last)
+        else:
+            learner.unet.load_state_dict(policy.load(last, "cpu").unet.state_dict())
 
 
 def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Module | None) -> None:

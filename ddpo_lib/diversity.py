@@ -50,6 +50,9 @@ def vendi_score(embeddings: np.ndarray) -> float:
 def spread(pictures: np.ndarray) -> float:
     """How far pictures (n, H, W, C) uint8 are from their mean: the root of the mean square over all
     values, on the scale [-1, 1]; 0 where all are the same."""
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or len(pictures) == 0:
+        found = f"{pictures.dtype} of shape {pictures.shape}"
+        raise ValueError(f"expected uint8 pictures (n, H, W, C), got {found}")
     return float(np.sqrt((pictures / 127.5).var(axis=0).mean()))
 
 

@@ -105,6 +105,8 @@ def embed_images(clip: Clip, images: torch.Tensor, batch_size: int = 250) -> tor
 
 def embed_texts(clip: Clip, texts: list[str]) -> torch.Tensor:
     """L2-normalised CLIP embeddings (N, D) of texts."""
+    if isinstance(texts, str) or not texts or not all(isinstance(each, str) for each in texts):
+        raise ValueError(f"texts={texts!r}: must be a list of texts")
     tokens = clip.tokenizer(list(texts))
     return F.normalize(clip.model.encode_text(_on(clip.model, tokens)), dim=-1)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_lib import parallel, sampler
+from ddpo_lib import adapter, parallel, sampler
 from ddpo_lib.log_probs import kl, log_prob
 from ddpo_lib.policy import Policy, transition
 from ddpo_lib.sampler import Trajectory
@@ -63,13 +63,18 @@ def standardise(rewards: torch.Tensor, groups: torch.Tensor | None = None) -> to
     """(reward - mean) / sd of rewards (N,) within each group, (N,) float64; zeros where all of a
     group are equal. Groups are labels (N,), None for one group."""
     rewards = rewards.double()
-    groups = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups
     result = torch.zeros_like(rewards)
-    for label in groups.unique():
-        members = (groups == label).to(rewards.device)
+    for members in peers(groups, len(rewards)):
         group = rewards[members]
         result[members] = (group - group.mean()) / (group.std(correction=0) + 1e-8)
     return result
+
+
+def peers(groups: torch.Tensor | None, n: int) -> list[torch.Tensor]:
+    """The indices of each group's samples, of labels (n,); all of them where groups is None."""
+    if groups is None:
+        return [torch.arange(n)]
+    return [torch.nonzero(groups == label).view(-1) for label in groups.unique()]
 
 
 def rescore(policy: Policy, trajectory: Trajectory, step, sample) -> Rescored:
@@ -91,11 +96,12 @@ def rescore_by(network, policy: Policy, trajectory: Trajectory, step, sample) ->
         return rescore(replace(policy, unet=network), trajectory, step, sample)
 
 
-def roll_out(policy: Policy, loop, seeds, x=None, skip: int = 0) -> Trajectory:
+def roll_out(policy: Policy, loop, seeds, context=None, x=None, skip: int = 0) -> Trajectory:
     """Trajectories under the loop's settings: from the seeds' noise, or from states x (N, C, H, W)
     that have come through the first `skip` steps already."""
     x = sampler.noise(policy, seeds) if x is None else x
     chain = {"eta": loop.eta, "reduction": loop.log_prob_reduction, "skip": skip}
+    chain["context"] = context
     chain |= {"batch_size": loop.micro_batch, "progress": "rollout" if parallel.is_main() else None}
     store = sampler.roomy_device(policy, len(seeds), loop.n_steps)
     return sampler.rollout(policy, x, loop.n_steps, seeds, store=store, **chain)
@@ -110,8 +116,14 @@ def shared_noise(policy: Policy, seeds, size: int) -> torch.Tensor:
 
 
 def frozen(policy: Policy) -> torch.nn.Module:
-    """A copy of the policy's network that learns nothing, for an objective's helpers; in the layout
-    of the one that learns, so that the two round alike."""
+    """The policy's network as it was pretrained, for an objective's helpers: where an adapter
+    learns, the network without it, otherwise a copy."""
+    return adapter.Without(policy.unet) if adapter.is_in(policy.unet) else frozen_copy(policy)
+
+
+def frozen_copy(policy: Policy) -> torch.nn.Module:
+    """A copy that learns nothing, in the layout of the one that learns, so that the two round
+    alike."""
     copied = copy.deepcopy(policy.unet).to(memory_format=torch.channels_last)
     return copied.requires_grad_(False)
 
@@ -130,13 +142,14 @@ def corruptions(experience: Experience, loop, n: int, generator) -> list[torch.T
     return batches
 
 
-def corrupt(policy: Policy, experience: Experience, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def corrupt(policy: Policy, experience: Experience, rows: torch.Tensor) -> tuple:
     """Finished samples with fresh noise (equation 2.8), as `corruptions` names them: x_t and eps,
-    (U, C, H, W) each, and t (U,), uniform over all timesteps."""
+    (U, C, H, W) each, t (U,), uniform over all timesteps, and their context."""
     u, sample, seed = rows[:, 0].unbind(-1)
     x_0 = experience.trajectory.x_0[sample].to(policy.device)
     generators = [torch.Generator().manual_seed(int(each)) for each in seed]
     eps = torch.stack([torch.randn(x_0.shape[1:], generator=each) for each in generators])
     t, eps = (u * len(policy.alpha_bar) // UNIFORM).to(policy.device), eps.to(policy.device)
     a_t = policy.alpha_bar_at(t)
-    return a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps, eps, t
+    context = experience.trajectory.context and experience.trajectory.context.select(sample)
+    return a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps, eps, t, context

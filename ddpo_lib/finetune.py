@@ -13,11 +13,22 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ddpo_lib import checkpoints, diversity, objectives, parallel, policy, rewards, runs, sampler
+from ddpo_lib import (
+    adapter,
+    checkpoints,
+    diversity,
+    objectives,
+    parallel,
+    policy,
+    rewards,
+    runs,
+    sampler,
+)
 from ddpo_lib.experience import Experience, learnable_steps, roll_out
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
-from ddpo_lib.settings import Finetune, learning_rate
+from ddpo_lib.prompts import cycle, turns
+from ddpo_lib.settings import Finetune, check_whole, learning_rate
 from ddpo_lib.update import update
 
 COLLAPSED = 0.5
@@ -100,22 +111,25 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     """One iteration, from 1: sample trajectories, score them, update the policy in place. Returns
     the rewards (n_samples,) of the samples, and what `update.update` returns of each step."""
     learner, settings, objective = training.learner, training.settings, training.objective
-    sample_seed, order_seed = _seeds(training.seed, iteration)
+    sample_seed, order_seed, _ = _seeds(training.seed, iteration)
     share = parallel.share(settings.n_samples)
     seeds = sampler.seeds(sample_seed, settings.n_samples)[share]
     generator = torch.Generator().manual_seed(order_seed)
+    chosen = prompts_of(settings, training.seed, iteration)
+    prompts = None if chosen is None else [settings.prompts[i] for i in chosen[share]]
+    context = policy.encode(learner, prompts)
     asked = (learner, training.own, settings, training.helpers)
     if hasattr(objective, "rollout"):
-        trajectory = objective.rollout(*asked, seeds, iteration, generator)
+        trajectory = objective.rollout(*asked, seeds, context, iteration, generator)
     else:
-        trajectory = roll_out(learner, settings, seeds)
+        trajectory = roll_out(learner, settings, seeds, context)
 
     def judge(x_0):
-        return parallel.gather(training.reward(policy.decode(learner, x_0))).cpu()
+        return parallel.gather(training.reward(policy.decode(learner, x_0), prompts)).cpu()
 
     scores = judge(trajectory.x_0.to(learner.device))
     steps = learnable_steps(trajectory.stds, settings.min_std)
-    experience = Experience(trajectory, scores, steps)
+    experience = Experience(trajectory, scores, steps, chosen)
     if getattr(objective, "SCORES_DENOISED", False):
         expected = sampler.denoised(learner, trajectory, settings.micro_batch)
         experience = dataclasses.replace(experience, denoised=torch.stack([*map(judge, expected)]))
@@ -136,12 +150,20 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     for rows in tqdm(batches, desc="update", leave=False, disable=not parallel.is_main()):
         n = (iteration - 1) * len(batches) + len(updates)
         step = {"n_units": len(rows), "rate": learning_rate(n / max(1, n_updates - 1), settings)}
-        mine = _local(rows, share)
+        mine = parallel.local(rows, share)
         done = update(learner.unet, training.optimizer, mine, loss, **step, **limits)
         updates.append({"update": n, **done})
     if hasattr(objective, "tend"):
         objective.tend(training.own, training.helpers, training.optimizer, iteration)
     return scores, updates
+
+
+def prompts_of(settings: Finetune, seed: int, iteration: int) -> torch.Tensor | None:
+    """Which of settings.prompts each sample of an iteration has, see `turns`; None without any."""
+    if not settings.prompts:
+        return None
+    n, size = len(settings.prompts), settings.samples_per_prompt
+    return turns(n, size, settings.n_samples, _seeds(seed, iteration)[2])
 
 
 def development_seeds(seed: int, n: int) -> list[int]:
@@ -152,25 +174,32 @@ def development_seeds(seed: int, n: int) -> list[int]:
 def prepare(base, reward, objective, settings, seed, own=None, embed=None) -> Training:
     """A finetuning at its beginning; arguments as in `finetune`. Everything that can be refused is
     looked at here, before anything is written or long."""
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed={seed!r}: must be a whole number from 0 up")
+    check_whole("seed", seed, 0)
     objective = objectives.load(objective)
     own = objective.Settings() if own is None else own
-    if not isinstance(own, objective.Settings):
-        raise ValueError(f"objective_settings={own!r}: must be a {objective.__name__}.Settings")
-    if rewards.needs_prompts(reward):
+    expected = {"policy": (base, Policy), "settings": (settings, Finetune)}
+    expected |= {"objective_settings": (own, objective.Settings)}
+    for argument, (value, kind) in expected.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{argument}={value!r}: must be a {kind.__module__}.{kind.__name__}")
+    if base.text is None and rewards.needs_prompts(reward):
         title = f"the reward {rewards.name(reward)!r}"
         raise ValueError(f"{title} reads prompts: this policy needs a function of images alone")
+    policy.encode(base, (*settings.prompts, *settings.unseen_prompts) or None)
+    if settings.adapter_rank and base.text is None:
+        raise ValueError(f"adapter_rank={settings.adapter_rank}: the policy takes no text, take 0")
     t, t_prev = policy.steps(base, settings.n_steps)
     learnable_steps(policy.sigma(base, t, t_prev, settings.eta), settings.min_std)
-    helpers = objective.helpers(base, own, settings)
     # The layout that `policy.load` gives, so that a run rounds alike before and after a stop.
     unet = copy.deepcopy(base.unet).to(memory_format=torch.channels_last)
+    if settings.adapter_rank:
+        adapter.add(unet, settings.adapter_rank, settings.adapter_alpha, seed)
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     bf16 = settings.bf16 and policy.has_bf16(base.device)
     learner = dataclasses.replace(base, unet=unet, bf16=bf16)
-    learned = [{"params": list(unet.parameters()), "factor": 1.0}]
+    helpers = objective.helpers(learner, own, settings)
+    learned = [{"params": [p for p in unet.parameters() if p.requires_grad], "factor": 1.0}]
     if own_weights := [p for p in helpers.parameters() if p.requires_grad] if helpers else []:
         learned += [{"params": own_weights, "factor": getattr(own, "helper_rate", 1.0)}]
     optimizer = torch.optim.AdamW(learned, weight_decay=settings.weight_decay)
@@ -196,8 +225,7 @@ def _run(training: Training, home: Path, on_iteration) -> None:
     settings, main = training.settings, parallel.is_main()
     done, resumed = runs.iterations_done(home), (home / "last").exists()
     if resumed:
-        learner = training.learner
-        learner.unet.load_state_dict(checkpoints.load_learner(home, learner).unet.state_dict())
+        checkpoints.restore_learner(home, training.learner)
         checkpoints.restore(home, training.optimizer, training.helpers)
     if main:
         runs.drop_after(home, done if resumed else -1)
@@ -214,7 +242,9 @@ def _run(training: Training, home: Path, on_iteration) -> None:
             names = [name for name in updates[0] if name != "update"]
             means = {name: float(np.mean([each[name] for each in updates])) for name in names}
             row = {"iteration": iteration, **scored, **means}
+            chosen = prompts_of(settings, training.seed, iteration)
             lists = {"rewards": scores.tolist(), "updates": updates}
+            lists |= {} if chosen is None else {"prompts": chosen.tolist()}
             row = _keep(training, home, row, lists, start)
         except FloatingPointError as error:
             kept = f"{home} keeps the checkpoint of iteration {iteration - 1}"
@@ -261,11 +291,14 @@ def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
     learner, settings = training.learner, training.settings
     n, progress = settings.n_development, "development set" if parallel.is_main() else None
     seeds = development_seeds(training.seed, n)[parallel.share(n)]
+    prompts = (cycle(settings.prompts, n) or [])[parallel.share(n)] or None
+    context = policy.encode(learner, prompts)
     options = {"seeds": seeds, "batch_size": settings.micro_batch, "progress": progress}
     x_T = sampler.noise(learner, seeds)
-    images = policy.decode(learner, sampler.sample(learner, x_T, settings.n_steps, eta, **options))
+    x_0 = sampler.sample(learner, x_T, settings.n_steps, eta, context=context, **options)
+    images = policy.decode(learner, x_0)
     pictures = parallel.gather(rewards.to_uint8(images)).numpy()
-    return pictures, parallel.gather(training.reward(images)).cpu().numpy()
+    return pictures, parallel.gather(training.reward(images, prompts)).cpu().numpy()
 
 
 def _warn_of_collapse(home: Path) -> None:
@@ -276,13 +309,6 @@ def _warn_of_collapse(home: Path) -> None:
         tqdm.write(f"iteration {len(vendi) - 1}: {fall}: its images become alike")
 
 
-def _local(rows: torch.Tensor, share: slice) -> torch.Tensor:
-    """The units (U, D, 2) whose samples this process holds, counted from its first."""
-    mine = rows[((rows[..., 1] >= share.start) & (rows[..., 1] < share.stop)).all(1)].clone()
-    mine[..., 1] -= share.start
-    return mine
-
-
 def _seeds(seed: int, iteration: int) -> list[int]:
-    """Of an iteration's samples, and of its mini-batches; iteration 0 is the development set's."""
-    return np.random.SeedSequence([seed, iteration]).generate_state(2).tolist()
+    """Of an iteration's samples, mini-batches and prompts; iteration 0 is the development set's."""
+    return np.random.SeedSequence([seed, iteration]).generate_state(3).tolist()

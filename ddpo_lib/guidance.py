@@ -39,9 +39,12 @@ def gradient(policy, loss: Loss, x_t, t, context=None) -> tuple[torch.Tensor, to
         x_t = x_t.detach().requires_grad_()
         eps = predict_noise(policy, x_t, t, context)
         values = loss((x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt())
-        n, shape = len(x_t), tuple(values.shape)
+        n, shape = len(x_t), tuple(getattr(values, "shape", ()))
         if shape != (n,):
             raise ValueError(f"loss returned shape {shape} for {n} images: it must be shape ({n},)")
+        if not values.requires_grad:
+            advice = "compute them in torch, without detach or no_grad"
+            raise ValueError(f"loss returned values without a gradient: {advice}")
         return torch.autograd.grad(values.sum(), x_t)[0], eps.detach()
 
 

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 
 from ddpo_lib import sampler
 from ddpo_lib.policy import Policy, configuration, steps
+from ddpo_lib.settings import check_whole
 
 
 @torch.no_grad()
@@ -31,8 +32,7 @@ def invert(policy, x_0, n_steps, n_evaluations=1, batch_size=100, progress=None)
     first, x_0 last. `sampler.sample(policy, states[k], n_steps, skip=k)` goes on from state k.
     """
     sampler.check_shape(policy, x_0)
-    if n_evaluations < 1:
-        raise ValueError(f"n_evaluations={n_evaluations}: each step needs at least 1")
+    check_whole("n_evaluations", n_evaluations, 1)
     policy = unclamped(policy)
     t, t_prev = steps(policy, n_steps)
     c = (policy.alpha_bar_at(t_prev) / policy.alpha_bar_at(t)).sqrt().flatten()

@@ -82,3 +82,10 @@ def _gather_objects(value) -> list:
     from accelerate.utils import gather_object
 
     return gather_object([value])
+
+
+def local(rows: torch.Tensor, share: slice) -> torch.Tensor:
+    """The units (U, D, 2) whose samples this process holds, counted from its first."""
+    mine = rows[((rows[..., 1] >= share.start) & (rows[..., 1] < share.stop)).all(1)].clone()
+    mine[..., 1] -= share.start
+    return mine

@@ -1,54 +1,27 @@
 """A policy: a denoiser with its noise schedule, and the transition p_theta(x_{t-1} | x_t)."""
 
 import copy
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ddpo_lib import hub
-
-GOOD_BETAS = "num_train_timesteps of them, inside (0, 1), leaving some signal at the end"
-SUPPORTED = {
-    "pipeline": ("DDPMPipeline", "DDIMPipeline"), "unet": ("UNet2DModel",),
-    "scheduler": ("DDPMScheduler", "DDIMScheduler"), "prediction_type": ("epsilon", "v_prediction"),
-    "num_class_embeds": (None,), "class_embed_type": (None,), "variance": ("fixed",),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "rescale_betas_zero_snr": (False,), "thresholding": (False,),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
-    "image size": ("known",), "weights": ("complete and finite",), "betas": (GOOD_BETAS,),
-}  # fmt: skip
-"""What a model must be, in the words of diffusers' configurations where they have one."""
-
-
-class Unsupported(ValueError):
-    """A model that this library cannot finetune."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What N samples are conditioned on: a text each, and (N, L, D) float32 of its L tokens."""
-
-    prompts: tuple[str, ...]
-    embeddings: torch.Tensor
-
-    def select(self, index: slice | torch.Tensor) -> "Context":
-        """The entries of some samples."""
-        kept = torch.arange(len(self.prompts))[index].tolist()
-        return Context(tuple(self.prompts[i] for i in kept), self.embeddings[index])
+from ddpo_lib import pipelines
+from ddpo_lib.pipelines import Unsupported  # noqa: F401, raised by `load`
+from ddpo_lib.text import Context, Text
 
 
 @dataclass(frozen=True)
 class Policy:
     """A diffusion model seen as a stochastic policy over denoising steps."""
 
-    unet: torch.nn.Module  # UNet2DModel: of x_t (N, C, H, W) and t (N,) the noise in x_t, or v
+    unet: torch.nn.Module  # of x_t (N, C, H, W), t (N,) and a text's tokens: the noise, or v
     scheduler: object  # DDPMScheduler or DDIMScheduler: schedule, what unet predicts, clipping
     bf16: bool = True  # run unet under bfloat16 autocast; if not, TF32 is off, process-wide
+    text: Text | None = None  # of a text-to-image policy, whose states are latents
+    guidance: float = 1.0  # scale of classifier-free guidance (equation 2.24); at 1 there is none
 
     @property
     def alpha_bar(self) -> torch.Tensor:
@@ -69,7 +42,7 @@ class Policy:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the network draws."""
+        """(C, H, W) of the states: images, or latents."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
@@ -84,37 +57,38 @@ class Transition:
     denoised: torch.Tensor  # (N, C, H, W) float32: x~_0 as predicted from x_t (equation 2.25)
 
 
-def load(source: str | Path, device=None, bf16: bool = True, base=None) -> Policy:
+def load(source: str | Path, device=None, bf16: bool = True, base=None, guidance=1.0) -> Policy:
     """Load a policy.
 
     Args:
         source: a model on the Hub, see `hub`; a folder of a `DDPMPipeline` or `DDIMPipeline`, also
-            of the older layout with every file at its root; or a .pth file of the thesis's code.
+            of the older layout with every file at its root, or of a `StableDiffusionPipeline`; a
+            folder with an adapter, see `adapter`; or a .pth file of the thesis's code.
         device: "cpu", "cuda", …; by default a GPU if there is one.
         bf16: see `Policy`; a GPU without bfloat16, such as a T4, runs float32 all the same.
-        base: source of the policy that a .pth file was finetuned from: it has weights alone.
+        base: source of the policy that an adapter or a .pth file was finetuned from: they have
+            nothing else.
+        guidance: see `Policy`.
 
     Raises:
         FileNotFoundError: what source names is missing, incomplete or truncated.
-        ValueError: the model is none of those in `SUPPORTED`, or its weights are another network's.
+        ValueError: the model is none of those in `pipelines.SUPPORTED`, or its weights are another
+            network's.
     """
-    source = str(source)
-    unet, scheduler = _read_pth(source, base) if source.endswith(".pth") else _read(source)
-    net, schedule, betas = unet.config, scheduler.config, scheduler.betas
-    learned = net.in_channels != net.out_channels or "learn" in str(schedule.get("variance_type"))
-    finite = all(value.isfinite().all() for value in unet.state_dict().values())
-    inside = ((betas > 0) & (betas < 1)).all() and scheduler.alphas_cumprod[-1] > 0
-    found = {
-        "variance": "learned" if learned else "fixed",
-        "image size": "known" if net.sample_size else "unknown",
-        "weights": "complete and finite" if finite else "not all finite",
-        "betas": GOOD_BETAS if inside and len(betas) == schedule.num_train_timesteps else "others",
-    }
-    _check(source, {**net, **schedule, **found})
-    unet = unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    if not 1 <= guidance < float("inf"):
+        raise ValueError(f"guidance={guidance!r}: must be a number from 1 up; at 1 there is none")
+    unet, scheduler, text = pipelines.read(str(source), base)
+    if guidance != 1 and text is None:
+        raise ValueError(f"guidance={guidance}: {source} takes no text, leave it at 1")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    unet = unet.to(device).eval()
     # A copy: safetensors maps weights to any address, and kernels round by a weight's alignment.
     unet = copy.deepcopy(unet.to(memory_format=torch.channels_last))
-    return Policy(unet, scheduler, bf16 and has_bf16(unet.device))
+    if text is not None:
+        text = Text(
+            text.tokenizer, *(copy.deepcopy(p.to(device)) for p in (text.encoder, text.vae))
+        )
+    return Policy(unet, scheduler, bf16 and has_bf16(unet.device), text, float(guidance))
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -122,87 +96,29 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _read(source: str) -> tuple:
-    """Network and scheduler of a folder or of a model on the Hub."""
-    import diffusers  # takes seconds: the functions that need it do so
-
-    if hub.locate(source) is None and not Path(source).is_dir():
-        raise FileNotFoundError(f"no policy at {source!r}: the folder does not exist")
-    folder = hub.fetch("policy", source)
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        parts = {part: (index.get(part) or [None])[-1] for part in ("unet", "scheduler")}
-        _check(source, {"pipeline": index["_class_name"]} | parts)
-        at = {part: folder / part if (folder / part).is_dir() else folder for part in parts}
-        # Left to itself, diffusers calls a .bin file unsafe, which it yet reads weights-only.
-        options = {"use_safetensors": any(folder.rglob("diffusion_pytorch_model*.safetensors"))}
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        unet, report = diffusers.UNet2DModel.from_pretrained(at["unet"], **options)
-        scheduler = getattr(diffusers, parts["scheduler"]).from_pretrained(at["scheduler"])
-        odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-        if odd:  # diffusers would leave them out, with a warning or without
-            _check(source, {"weights": f"another network's, with other tensors, such as {odd[0]}"})
-    except Unsupported:
-        raise
-    except Exception as error:
-        needed = "a complete folder of a DDPMPipeline or DDIMPipeline, or the id of one on the Hub"
-        said = f"cannot load a policy from {source!r}: it must be {needed}"
-        raise FileNotFoundError(f"{said}. Cause: {hub.cause(error)}") from error
-    return unet, scheduler
-
-
-def _check(source: str, found: Mapping[str, object]) -> None:
-    if faults := {name: v for name, v in found.items() if v not in SUPPORTED.get(name, (v,))}:
-        needed = {name: SUPPORTED[name] for name in faults}
-        raise Unsupported(f"{source}: not supported are {faults}; supported are {needed}")
-
-
-def _read_pth(file: str, base: str | Path | None) -> tuple:
-    """Network and scheduler of the base, with the weights that the thesis's code saved."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no policy at {file!r}: the file does not exist")
-    if base is None:
-        origin = "name the policy that it was finetuned from, base='google/ddpm-celebahq-256'"
-        raise ValueError(f"{file} holds weights alone: {origin}")
-    unet, scheduler = _read(str(base))
-    # Beside the weights lies the best reward, a numpy scalar, under numpy 1's or numpy 2's name.
-    scalar, types = np.float64(0).__reduce__()[0], (np.dtypes.Float32DType, np.dtypes.Float64DType)
-    trusted = [np.dtype, *types, scalar, (scalar, "numpy.core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(trusted):
-            content = torch.load(file, "cpu", weights_only=True, mmap=True)
-        unet.load_state_dict(content["model_state_dict"])
-    except Exception as error:
-        fault = "no checkpoint of the thesis's code, or it is damaged, or its base is another"
-        raise ValueError(f"{file} is {fault}. Cause: {hub.cause(error)}") from error
-    return unet, scheduler
-
-
 def save(policy: Policy, folder: str | Path) -> None:
     """Save as a folder that plain diffusers loads (safetensors): a `DDPMPipeline`, or a
-    `DDIMPipeline` for a policy with a `DDIMScheduler`."""
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
-
-    if not isinstance(policy.unet, torch.nn.Module):
-        raise ValueError("a guided policy has no network of its own: save the policy it guides")
-    kind = DDIMPipeline if isinstance(policy.scheduler, DDIMScheduler) else DDPMPipeline
-    kind(unet=policy.unet, scheduler=policy.scheduler).save_pretrained(str(folder))
-    file = Path(folder) / "unet/config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # where this machine had the model
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    `DDIMPipeline` for a policy with a `DDIMScheduler`; with text a `StableDiffusionPipeline`, or of
+    its adapter alone one for `load_lora_weights`."""
+    pipelines.write(policy, folder)
 
 
 def encode(policy: Policy, prompts: Sequence[str] | None) -> Context | None:
-    """The context of N prompts, None for None, as it must be: no policy takes text yet."""
+    """The context of N prompts; None for a policy that takes no text, whose prompts are None.
+    ValueError for a prompt that is empty or too long, or where prompts are missing."""
+    if policy.text is not None and prompts is not None:
+        return policy.text.encode(prompts)
+    if policy.text is not None:
+        raise ValueError("this policy draws from text: give it prompts")
     if prompts is not None:
         raise ValueError("this policy takes no text: prompts must be None")
     return None
 
 
 def decode(policy: Policy, x_0: torch.Tensor) -> torch.Tensor:
-    """The images (N, C, H, W), about in [-1, 1], of finished samples: x_0 itself, being pixels."""
-    return x_0
+    """The images (N, C, H, W), about in [-1, 1], of finished samples: of latents what the decoder
+    makes of them, otherwise x_0 itself."""
+    return x_0 if policy.text is None else policy.text.decode(x_0)
 
 
 def steps(policy: Policy, n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,21 +153,38 @@ def configuration(model) -> dict:
 
 
 def predict_noise(policy, x_t, t, context: Context | None = None) -> torch.Tensor:
-    """eps_theta(x_t, t), (N, C, H, W) float32, also of a network that predicts v. The context must
-    be None: no policy takes text yet."""
-    if context is not None:
-        raise ValueError("this policy takes no text: context must be None")
+    """eps_theta(x_t, t, c), (N, C, H, W) float32, also of a network that predicts v.
+
+    With a guidance scale g it is eps(empty) + g (eps(c) - eps(empty)) (equation 2.24): one call of
+    the network on both halves, and a gradient through both. ValueError for a context where the
+    policy takes no text, or none where it does.
+    """
+    if (context is None) != (policy.text is None):
+        needed = "takes no text: context must be None" if context else "draws from text: encode it"
+        raise ValueError(f"this policy {needed}")
     if not policy.bf16:  # no TF32, and for good: a context manager would end before backward
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9 has a setting above this one too
             torch.backends.cudnn.conv.fp32_precision = "ieee"
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bf16):
-        output = policy.unet(x_t, t).sample.to(x_t.dtype)
+        output = _call(policy, x_t, t, context).to(x_t.dtype)
     if policy.scheduler.config.prediction_type == "epsilon":
         return output
     a_t = policy.alpha_bar_at(t)
     return a_t.sqrt() * output + (1 - a_t).sqrt() * x_t
+
+
+def _call(policy, x_t, t, context: Context | None) -> torch.Tensor:
+    """What the network says, guided."""
+    if context is None:
+        return policy.unet(x_t, t).sample
+    told = context.embeddings.to(x_t.device)
+    if policy.guidance == 1:
+        return policy.unet(x_t, t, told).sample
+    both = torch.cat([context.empty.to(x_t.device).expand_as(told), told])
+    empty, full = policy.unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both).sample.chunk(2)
+    return empty + policy.guidance * (full - empty)
 
 
 def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0) -> torch.Tensor:

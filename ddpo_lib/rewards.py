@@ -144,16 +144,19 @@ def load(name: str, models=None, device=None, jpeg_encoding: str = "rescaled") -
     if name in MODELS:
         classifier = encoders.load_age_classifier(models["age"], device)
         return over50(classifier) if name == "over50" else under30(classifier)
-    module, _, function = name.partition(":")
+    module, _, function = str(name).partition(":")
     if not (module and function):
         known = f"choose one of {REWARDS}, or your own as 'package.module:function'"
         raise ValueError(f"unknown reward {name!r}: {known}")
     try:
-        return getattr(importlib.import_module(module), function)
+        reward = getattr(importlib.import_module(module), function)
     except Exception as error:
         needed = "The module must be installed, beside the notebook, or in a folder on PYTHONPATH"
         said = f"cannot import the reward {name!r}: {type(error).__name__}: {error}"
         raise ValueError(f"{said}. {needed}") from error
+    if not callable(reward):
+        raise ValueError(f"{name!r} is {reward!r}, no reward: it must be a function of images")
+    return reward
 
 
 def checked(reward: Reward) -> Callable[..., torch.Tensor]:

@@ -71,8 +71,12 @@ def development(home: Path, kind: str = "development") -> tuple[np.ndarray, np.n
     """The development set, before training and after each iteration so far: pictures
     (n_iterations + 1, N, H, W, C) uint8 and rewards (n_iterations + 1, N); of the kind
     "development", drawn at eta = 0, or "stochastic", by the training sampler."""
+    if kind not in (kinds := ("development", "stochastic")):
+        raise ValueError(f"kind of development set {kind!r}: must be one of {kinds}")
+    if not (files := _development_files(home)):
+        raise ValueError(f"{home} holds no development set: finetune first")
     names = (f"{kind}_pictures", f"{kind}_rewards")
-    sets = [[content[name] for name in names] for content in map(np.load, _development_files(home))]
+    sets = [[content[name] for name in names] for content in map(np.load, files)]
     return tuple(map(np.stack, zip(*sets, strict=True)))
 
 
@@ -230,6 +234,7 @@ def whole(folder: Path) -> Iterator[None]:
 def _flat(content: dict, prefix: str = "") -> dict:
     flat = {}
     for k, v in content.items():
+        v = list(v) if isinstance(v, tuple) else v  # as they come back from JSON
         flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return flat
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ddpo_lib import memory
 from ddpo_lib.log_probs import log_prob
 from ddpo_lib.policy import Context, Policy, Transition, steps, transition
+from ddpo_lib.settings import check_whole
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Trajectory:
 
 def seeds(seed: int, n: int) -> list[int]:
     """n seeds, one a sample; entry i depends on `seed` and i alone, not on n."""
+    check_whole("seed", seed, 0)
+    check_whole("n", n, 0)
     return [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(n)]
 
 
@@ -77,6 +80,7 @@ def rollout(
         skip: steps that x_T has come through already; it is then the state after them, and the
             trajectory has n_steps - skip.
     """
+    check_shape(policy, x_T)
     t, t_prev = (each[skip:] for each in steps(policy, n_steps))
     states = torch.empty(len(t) + 1, *x_T.shape, device=store or policy.device)
     means = torch.empty(len(t), *x_T.shape, device=states.device)
@@ -125,6 +129,7 @@ def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 100) -> t
 
 def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transition:
     """The transition of a whole batch at one timestep (0-d t, t_prev), `batch_size` at a time."""
+    check_whole("batch_size", batch_size, 1)
     t, t_prev = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev))
 
     def split(n: int) -> list[Transition]:
@@ -137,10 +142,12 @@ def step(policy, x_t, t, t_prev, eta, context=None, batch_size=100) -> Transitio
 
 
 def check_shape(policy: Policy, x: torch.Tensor) -> None:
-    """Raise ValueError unless x is a batch of at least one state of the policy."""
-    if tuple(x.shape[1:]) != policy.image_shape or len(x) == 0:
-        shapes = f"shape {tuple(x.shape)} does not fit a policy of shape {policy.image_shape}"
-        raise ValueError(f"a batch of {shapes}; make one with sampler.noise")
+    """Raise ValueError unless x is a float32 batch of at least one state of the policy."""
+    fits = isinstance(x, torch.Tensor) and x.dtype == torch.float32
+    if not fits or tuple(x.shape[1:]) != policy.image_shape or len(x) == 0:
+        found = f"{x.dtype} of shape {tuple(x.shape)} does not fit"
+        needed = f"a policy of shape {policy.image_shape}: a float32 tensor, as of sampler.noise"
+        raise ValueError(f"a batch of {found} {needed}")
 
 
 @torch.no_grad()
@@ -166,6 +173,7 @@ def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip
 
 def _draws(policy: Policy, seeds: Sequence[int], stream: int) -> Iterator[torch.Tensor]:
     """Noise (N, C, H, W) without end, on the CPU; the streams of one seed are independent."""
+    check_whole("number of seeds", len(seeds), 1)
     mixed = [np.random.SeedSequence([seed, stream]).generate_state(1)[0] for seed in seeds]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in mixed]
     while True:

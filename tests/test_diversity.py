@@ -1,7 +1,6 @@
 """Diversity measures against values known in closed form, and what they refuse."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -63,23 +62,12 @@ def test_vendi_score_does_not_depend_on_order_or_rotation():
     assert diversity.vendi_score(embeddings[::-1] @ DIRECTIONS) == pytest.approx(score, rel=1e-9)
 
 
-def test_vendi_score_wants_unit_length():
-    with pytest.raises(ValueError, match="lengths are 1 to 2, must be 1: divide"):
-        diversity.vendi_score(DIRECTIONS * np.linspace(1, 2, 16)[:, None])
-
-
 @pytest.mark.parametrize("measure", [diversity.vendi_score, lambda rows: diversity.tsne(rows, 0)])
 def test_embeddings_that_are_not_finite_are_named(measure):
     rows = DIRECTIONS.copy()
     rows[3, 2], rows[7, 0] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"embeddings \[3, 7\] are not finite"):
         measure(rows)
-
-
-@pytest.mark.parametrize("shape", [(0, 16), (16,), (2, 4, 4)])
-def test_vendi_score_wants_embeddings(shape):
-    with pytest.raises(ValueError, match=rf"Vendi score .* shape {re.escape(str(shape))}: .* 1 im"):
-        diversity.vendi_score(np.zeros(shape))
 
 
 # Entropy of a factor ------------------------------------------------------------------------------
@@ -102,14 +90,6 @@ def test_entropy_counts_a_value_at_the_nearest_level():
     assert diversity.entropy(np.array(near_0 + near_1 + near_10), levels) == pytest.approx(
         math.log2(3)
     )
-
-
-@pytest.mark.parametrize(
-    "values, levels", [([], [0, 1]), ([0.5, np.nan], [0, 1]), ([0.5], []), ([0.5], [0, np.inf])]
-)
-def test_entropy_wants_finite_values_and_levels(values, levels):
-    with pytest.raises(ValueError, match=f"of {len(values)} values at {len(levels)} levels: give"):
-        diversity.entropy(np.array(values), np.array(levels))
 
 
 # Embeddings and their map -------------------------------------------------------------------------
@@ -135,14 +115,6 @@ def test_embed_is_clip_on_what_a_viewer_sees():
     np.testing.assert_allclose(embeddings, F.normalize(floats.mean((2, 3)), dim=1), atol=1e-6)
 
 
-def test_embed_wants_uint8():
-    clip = encoders.Clip(MeanColour(), None, image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
-    with pytest.raises(
-        ValueError, match=r"uint8 tensor \(N, H, W, C\), got torch.float64 of shape"
-    ):
-        diversity.embed(np.zeros((5, 8, 8, 3)), clip)
-
-
 def test_tsne_keeps_clusters_together():
     centres = np.repeat(DIRECTIONS[:2], 20, axis=0)
     embeddings = unit(centres + 0.02 * RNG.normal(size=(40, 16)))
@@ -151,11 +123,6 @@ def test_tsne_keeps_clusters_together():
     distance = np.linalg.norm(where[:, None] - where[None], axis=2) + 1e9 * np.eye(40)
     assert ((distance.argmin(1) < 20) == (np.arange(40) < 20)).all()
     np.testing.assert_array_equal(diversity.tsne(embeddings, seed=1), where)
-
-
-def test_tsne_wants_images():
-    with pytest.raises(ValueError, match=r"shape \(3, 16\): give embeddings \(n, D\) of at least"):
-        diversity.tsne(DIRECTIONS[:3], seed=0)
 
 
 @pytest.mark.parametrize("rounding", [0, 1e-8])

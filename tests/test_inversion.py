@@ -158,13 +158,3 @@ def test_batch_size_changes_nothing(policy, batch_size):
 def test_no_gradient_is_kept(policy):
     x_0 = pictures(policy).requires_grad_()
     assert not invert(policy, x_0, STEPS)[0].requires_grad
-
-
-def test_no_evaluation_is_an_error(policy):
-    with pytest.raises(ValueError, match="n_evaluations=0: each step needs at least 1"):
-        invert(policy, pictures(policy), STEPS, 0)
-
-
-def test_pictures_that_do_not_fit_are_one_clear_error(policy):
-    with pytest.raises(ValueError, match=r"does not fit a policy .* shape \(3, 8, 8\)"):
-        invert(policy, torch.zeros(2, 3, 16, 16), STEPS)

@@ -63,7 +63,7 @@ def experience_of(training, iteration=1):
     seeds = sampler.seeds(iteration, settings.n_samples)
     asked = (training.learner, own, settings, training.helpers)
     if hasattr(objective, "rollout"):
-        trajectory = objective.rollout(*asked, seeds, iteration, generator)
+        trajectory = objective.rollout(*asked, seeds, None, iteration, generator)
     else:
         trajectory = experiences.roll_out(training.learner, settings, seeds)
     steps = experiences.learnable_steps(trajectory.stds)
@@ -152,7 +152,7 @@ def test_units_are_the_iterations_samples(method, variant):
 def test_corrupted_samples_are_the_forward_process(method):
     training = method("rwr")
     seen, _, batches = experience_of(training)
-    x_t, eps, t = experiences.corrupt(training.learner, seen, batches[0])
+    x_t, eps, t, _ = experiences.corrupt(training.learner, seen, batches[0])
     sample = batches[0][:, 0, 1]
     expected = training.learner.scheduler.add_noise(seen.trajectory.x_0[sample], eps, t)
     torch.testing.assert_close(x_t, expected)
@@ -168,7 +168,7 @@ def test_timesteps_are_uniform_over_all_of_them(method):
     seen = Experience(trajectory, torch.zeros(4000), torch.tensor([0]))
     generator = torch.Generator().manual_seed(0)
     (rows,) = experiences.corruptions(seen, training.settings, 1, generator)
-    _, eps, t = experiences.corrupt(training.learner, seen, rows)
+    _, eps, t, _ = experiences.corrupt(training.learner, seen, rows)
     counts = torch.bincount(t // 100, minlength=10)
     assert counts.min() > 320 and counts.max() < 480
     assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
@@ -180,7 +180,7 @@ def test_rwr_with_equal_weights_is_the_ddpm_loss(method):
     seen, credit, batches = experience_of(training)
     assert credit.equal(torch.ones(8))
     value, _ = losses(training, seen, credit, batches[0])
-    x_t, eps, t = experiences.corrupt(training.learner, seen, batches[0])
+    x_t, eps, t, _ = experiences.corrupt(training.learner, seen, batches[0])
     expected = F.mse_loss(training.learner.unet(x_t, t).sample, eps)
     assert value.mean().item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -228,7 +228,7 @@ def test_sft_pays_for_leaving_the_pretrained_policy(method):
     old = {k: v.clone() for k, v in training.learner.unet.state_dict().items()}
     move(training)
     value, logged = losses(training, seen, credit, batches[0])
-    x_t, eps, t = experiences.corrupt(training.learner, seen, batches[0])
+    x_t, eps, t, _ = experiences.corrupt(training.learner, seen, batches[0])
     new = training.learner.unet(x_t, t).sample
     training.learner.unet.load_state_dict(old)
     distance = (new - training.learner.unet(x_t, t).sample).square().mean((1, 2, 3))
@@ -561,7 +561,7 @@ def test_hrf_segments_start_at_the_renoised_parent_and_learn_from_nothing_before
     generator = torch.Generator().manual_seed(3)
     start = hrf.start_step(training.own, 12, 1, torch.Generator().manual_seed(3))
     assert start > 0
-    trajectory = hrf.rollout(learner, training.own, settings, None, seeds, 1, generator)
+    trajectory = hrf.rollout(learner, training.own, settings, None, seeds, None, 1, generator)
     t, t_prev = policies.steps(learner, 12)
     assert trajectory.timesteps.equal(t[start:]) and trajectory.t_prev.equal(t_prev[start:])
     assert len(trajectory.states) == 12 - start + 1
@@ -643,22 +643,3 @@ def test_groups_share_noise_and_are_compared_alone(method):
         rewards = seen.rewards[group].double()
         expected = (rewards - rewards.mean()) / rewards.std(correction=0)
         torch.testing.assert_close(credit[group].double(), expected, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "objective, own, message",
-    [
-        ("ddpo", {"group_size": 3}, "n_samples=8 is no multiple of the groups' size, 3"),
-        ("hrf", {"group_size": 5}, "no multiple of the groups' size, 5"),
-        ("dense", {"group_size": 8}, "minibatch_size=4: must be a multiple of group_size=8"),
-    ],
-)
-def test_groups_that_do_not_fit_are_refused_at_once(finetune, objective, own, message):
-    own = objectives.load(objective).Settings(**own)
-    with pytest.raises(ValueError, match=message):
-        finetune(objective=objective, own=own, **{k: v for k, v in LOOP.items() if k != "bf16"})
-
-
-def test_odd_mini_batches_have_no_pairs(finetune):
-    with pytest.raises(ValueError, match="minibatch_size=3: D3PO learns from pairs"):
-        finetune(objective="d3po", n_samples=6, minibatch_size=3)

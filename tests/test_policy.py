@@ -19,7 +19,6 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from ddpo_lib import policy as policies
@@ -92,12 +91,6 @@ def test_number_of_steps_at_which_diffusers_leaves_the_schedule_is_an_error(new_
     policy = new_policy(timestep_spacing="trailing")
     with pytest.raises(ValueError, match="n_steps=61: .* run from 999 to -1, which leaves"):
         steps(policy, 61)
-
-
-@pytest.mark.parametrize("n_steps", [0, -1, 1001, 40.0, True, "40", None])
-def test_impossible_number_of_steps_is_an_error(policy, n_steps):
-    with pytest.raises(ValueError, match=f"n_steps={n_steps!r}: must be a whole .* 1 to 1000"):
-        steps(policy, n_steps)
 
 
 @pytest.mark.parametrize(
@@ -267,13 +260,6 @@ def test_a_long_leap_to_the_end_of_the_chain_is_finite(policy):
     x_t = torch.zeros(len(t), 3, 2, 2)
     fixed = Policy(FixedOutput(torch.ones_like(x_t)), policy.scheduler, bf16=False)
     assert transition(fixed, x_t, t, t_prev).mean.isfinite().all()
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.1, 3, float("nan")])
-def test_impossible_eta_is_an_error(policy, eta):
-    t = torch.tensor([500])
-    with pytest.raises(ValueError, match=f"eta={eta}: must lie between 0"):
-        transition(policy, torch.zeros(1, 3, 8, 8), t, t - 50, eta)
 
 
 def test_network_sees_its_own_timestep(policy):
@@ -486,44 +472,8 @@ def test_ddim_pipeline_loads_and_draws_as_a_ddpm_pipeline_too(policy, tmp_path):
 # ------------------------------------------------------------------------------------ refusals
 
 
-def test_missing_folder_is_one_clear_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="the folder does not exist"):
-        policies.load(tmp_path / "nothing")
-
-
-def test_unreachable_hub_id_is_one_clear_error():
-    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing'.*id of a model on the Hugging"):
-        policies.load("nobody/nothing")
-
-
 def edit(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-DAMAGE = ["truncated", "empty", "removed", "no index", "bad index", "no scheduler", "bad config"]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_incomplete_folder_is_one_clear_error(policy, tmp_path, damage):
-    policies.save(policy, tmp_path / "p")
-    weights = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
-    index = tmp_path / "p/model_index.json"
-    if damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    elif damage == "empty":
-        weights.write_bytes(b"")
-    elif damage == "removed":
-        weights.unlink()
-    elif damage == "no index":
-        index.unlink()
-    elif damage == "bad index":
-        index.write_text(index.read_text()[:20])
-    elif damage == "no scheduler":
-        (tmp_path / "p/scheduler/scheduler_config.json").unlink()
-    else:
-        (tmp_path / "p/unet/config.json").write_text("{")
-    with pytest.raises(FileNotFoundError, match=r"cannot load a policy from .*Cause: \w+"):
-        policies.load(tmp_path / "p")
 
 
 def assert_refused(folder, found, supported):
@@ -580,7 +530,7 @@ def test_latent_diffusion_is_refused(policy, tmp_path):
     """Its network has three channels, and its latents would pass for images."""
     vqvae = VQModel(norm_num_groups=4, block_out_channels=(4,), num_vq_embeddings=4)
     LDMPipeline(vqvae, policy.unet, DDIMScheduler(1000)).save_pretrained(tmp_path / "p")
-    supported = "'pipeline': ('DDPMPipeline', 'DDIMPipeline')"
+    supported = "'pipeline': ('DDPMPipeline', 'DDIMPipeline', 'StableDiffusionPipeline')"
     assert_refused(tmp_path / "p", "'pipeline': 'LDMPipeline'", supported)
 
 
@@ -590,8 +540,8 @@ def test_other_pipeline_or_network_is_refused_before_it_is_read(policy, tmp_path
     index = tmp_path / "p/model_index.json"
     edit(index, unet=["diffusers", "UNet2DConditionModel"])
     assert_refused(tmp_path / "p", "'unet': 'UNet2DConditionModel'", "'unet': ('UNet2DModel',)")
-    edit(index, _class_name="StableDiffusionPipeline", scheduler=["diffusers", "PNDMScheduler"])
-    assert_refused(tmp_path / "p", "'pipeline': 'StableDiffusionPipeline'", "'pipeline': ('DDPM")
+    edit(index, _class_name="StableDiffusionPipeline", unet=["diffusers", "UNet2DModel"])
+    assert_refused(tmp_path / "p", "'text-to-image unet': 'UNet2DModel'", "'text-to")
     edit(index, _class_name="FluxPipeline", unet=None, transformer=["diffusers", "Flux"])
     assert_refused(tmp_path / "p", "'pipeline': 'FluxPipeline'", "'pipeline': ('DDPM")
 
@@ -635,20 +585,6 @@ def test_weights_of_another_network_are_refused(policy, new_policy, tmp_path, wi
     assert_refused(
         tmp_path / "p", "'weights': \"another network's", "'weights': ('complete and fin"
     )
-
-
-@pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
-def test_one_odd_tensor_is_enough(policy, tmp_path, fault):
-    policies.save(policy, tmp_path / "p")
-    state = dict(policy.unet.state_dict())
-    bias = state.pop("conv_out.bias")
-    if fault == "unexpected":
-        state |= {"conv_out.bias": bias, "conv_out.scale": bias.clone()}
-    elif fault == "mismatched":
-        state["conv_out.bias"] = bias[:2].clone()
-    save_file(state, tmp_path / "p/unet/diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="another network's, .* such as .*conv_out"):
-        policies.load(tmp_path / "p", "cpu")
 
 
 def test_all_that_is_wrong_is_said_at_once(policy, tmp_path):

@@ -66,13 +66,6 @@ def test_setting_that_is_younger_than_the_run_had_its_default(home):
         runs.open_folder(home, changed(timestep_fraction=0.5), SETTINGS)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}'])
-def test_damaged_settings_are_named(home, text):
-    (home / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings.json is damaged"):
-        runs.open_folder(home, IDENTITY, SETTINGS)
-
-
 @pytest.mark.parametrize("name", ["last", "best", "metrics.jsonl"])
 def test_folder_without_settings_is_not_adopted(home, name):
     (home / name).mkdir()
@@ -223,8 +216,9 @@ def test_checkpoint_continues_to_the_bit(new_policy, tmp_path, layout):
     train_a_little(policy, optimizer)
     checkpoints.save_last(tmp_path, policy, optimizer, None, 2)
 
-    again = checkpoints.load_learner(tmp_path, policy)
+    again = new_policy()
     again.unet.to(memory_format=layout)
+    checkpoints.restore_learner(tmp_path, again)
     optimizer_again = new_optimizer(again)
     checkpoints.restore(tmp_path, optimizer_again, None)
     assert runs.iterations_done(tmp_path) == 2

@@ -296,54 +296,6 @@ def test_conditions_go_with_their_samples(policy, monkeypatch):
     assert seen == batches * STEPS
 
 
-# ------------------------------------------------------------------------------- refusals
-
-
-def both(policy, x_T, n_steps=STEPS, eta=1.0, seeds=SEEDS):
-    """rollout and sample, each ready to be called."""
-    yield lambda: sampler.rollout(policy, x_T, n_steps, seeds, eta)
-    yield lambda: sampler.sample(policy, x_T, n_steps, eta, seeds)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8), (0, 3, 8, 8), (0,), ()])
-def test_noise_that_does_not_fit_is_one_clear_error(policy, shape):
-    for call in both(policy, torch.zeros(shape), eta=0.0):
-        with pytest.raises(ValueError, match=r"does not fit a policy .* shape \(3, 8, 8\)"):
-            call()
-
-
-@pytest.mark.parametrize("eta", [-0.1, -1e-9, 1 + 1e-9, 3, math.nan, math.inf, -math.inf])
-def test_impossible_eta_is_an_error(policy, eta):
-    for call in both(policy, sampler.noise(policy, SEEDS), eta=eta):
-        with pytest.raises(ValueError, match=f"eta={eta}: must lie between 0"):
-            call()
-
-
-@pytest.mark.parametrize("seeds", [None, [], SEEDS[:-1], [*SEEDS, 0]])
-def test_stochastic_sampler_needs_a_seed_a_sample(policy, seeds):
-    for call in both(policy, sampler.noise(policy, SEEDS), seeds=seeds):
-        with pytest.raises(ValueError, match="eta=1.0: a stochastic sampler needs a seed for each"):
-            call()
-
-
-@pytest.mark.parametrize("n_steps", [0, -3, 1001, 5000, 2.5])
-def test_impossible_number_of_steps_is_an_error(policy, n_steps):
-    for call in both(policy, sampler.noise(policy, SEEDS), n_steps):
-        with pytest.raises(ValueError, match=f"n_steps={n_steps}: must be a whole number"):
-            call()
-
-
-def test_unknown_reduction_is_an_error(policy):
-    with pytest.raises(ValueError, match="'median': must be one of"):
-        rollout(policy, reduction="median")
-
-
-@pytest.mark.parametrize("skip", [-1, STEPS, STEPS + 5])
-def test_impossible_skip_is_an_error(policy, skip):
-    with pytest.raises(ValueError, match=f"skip={skip}: of 10 steps, 0 to 9 can be left out"):
-        sampler.sample(policy, sampler.noise(policy, [0]), STEPS, skip=skip)
-
-
 # ------------------------------------------------------------------------------- memory
 
 

@@ -247,11 +247,6 @@ def test_regressor_learns_loads_and_knows_its_domains(tmp_path):
         regressor.load_regressor(tmp_path)
 
 
-def test_unknown_model_is_an_error_before_anything_is_built():
-    with pytest.raises(SystemExit, match="unknown: dogs; choose from faces, churches"):
-        make.main(["faces", "dogs"])
-
-
 def test_model_that_fails_to_build_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(folder):
         (folder / "half").touch()

@@ -20,6 +20,7 @@ import yaml
 
 from ddpo_lib.book import finetuning, paths, profiles
 from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib.settings import check_whole
 
 FINETUNE_PARAMETERS = ("profile", "policy", "task", "seed")
 """Papermill parameters of 50_finetune in the batch; all other notebooks get the profile alone."""
@@ -56,8 +57,7 @@ def plan(profile_name: str, cores: int) -> str:
     ValueError for what would fail later: no such profile, an impossible setting, a missing
     notebook, a parameter that a notebook does not have, about which papermill only warns.
     """
-    if cores < 1:
-        raise ValueError(f"cores={cores}: must be at least 1")
+    check_whole("cores", cores, 1)
     profile, notebooks = profiles.load(profile_name), contents()
     for name in ("50_finetune", *notebooks):
         given = FINETUNE_PARAMETERS if name == "50_finetune" else ("profile",)
@@ -240,7 +240,7 @@ def main() -> None:
     more = [given.cores] if given.what == "plan" else []
     try:
         print(tasks[given.what](given.profile, *more))
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"Nothing was done: {error}")
 
 

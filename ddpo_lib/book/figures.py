@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from ddpo_lib import runs
 from ddpo_lib.book import paths
+from ddpo_lib.settings import check_whole
 
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "matplotlib")
 
@@ -80,6 +81,8 @@ def interpolation(picture: np.ndarray) -> str:
 
 def tile(pictures: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     """uint8 pictures (N, H, W, C) → one, `columns` in a row, with `gap` white pixels between."""
+    check_whole("columns", columns, 1)
+    check_whole("number of pictures", len(pictures), 1)
     n, height, width, channels = pictures.shape
     rows = -(-n // columns)
     missing = ((0, rows * columns - n), (0, gap), (0, gap), (0, 0))
@@ -122,7 +125,8 @@ def manifest() -> list[dict]:
 
 def _save(name: str, writers: dict[str, Callable], page: Page, source_runs) -> Path:
     """Write the artefact's files, all or none, and replace its entry in the manifest."""
-    number, folder = identifier(name), paths.FIGURES / page.profile
+    number, code, folder = identifier(name), code_hash(page.notebook), paths.FIGURES / page.profile
+    manifest()  # a damaged one is an error before anything is written
     files = [folder / f"{name}.{kind}" for kind in writers]
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as drafts:
@@ -133,7 +137,7 @@ def _save(name: str, writers: dict[str, Callable], page: Page, source_runs) -> P
         "name": name,
         "files": [file.relative_to(paths.FIGURES).as_posix() for file in files],
         "notebook": page.notebook,
-        "code": code_hash(page.notebook),
+        "code": code,
         "profile": page.profile,
         "parameters": page.parameters,
         "seed": page.parameters.get("seed"),

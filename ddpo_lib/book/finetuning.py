@@ -64,7 +64,8 @@ def is_complete(run: Run) -> bool:
 
 def load_policy(run: Run) -> policy.Policy:
     """The pretrained policy."""
-    return policy.load(_sources(run)["policy"], bf16=run.settings.bf16)
+    source = _sources(run)["policy"]
+    return policy.load(source, bf16=run.settings.bf16, guidance=run.guidance)
 
 
 def load_reward(run: Run) -> rewards.Reward:
@@ -139,7 +140,7 @@ def _record(run: Run, old: dict | None = None) -> dict:
     record = {
         "policy": run.policy, "task": run.task, "seed": run.seed, "reward": reward,
         "jpeg_encoding": run.jpeg_encoding if reward in rewards.JPEG else None,
-        "settings": run.settings.decisive, "objective": run.objective,
+        "settings": run.settings.decisive, "objective": run.objective, "guidance": run.guidance,
         "objective_settings": dataclasses.asdict(run.objective_settings),
         "own_code": identity.fingerprint(own) if own else None,
         "models": {

@@ -2,11 +2,22 @@
 
 from pathlib import Path
 
-from ddpo_lib import hub, rewards, runs
+from ddpo_lib import adapter, hub, rewards, runs
 from ddpo_lib.book import paths
 
 LICENCES = {"google/ddpm-": "apache-2.0", "data/toy/": "mit"}
 """How a base's source begins → its licence, which is that of what is made from it."""
+
+PIXELS = """from diffusers import DDIMPipeline
+
+pipeline = DDIMPipeline.from_pretrained("PATH OR ID OF THIS MODEL")
+images = pipeline(batch_size=4, num_inference_steps={n_steps}, eta=0.0).images"""
+TEXT = """from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{source}")
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config){adapter}
+options = {{"num_inference_steps": {n_steps}, "guidance_scale": {guidance}, "eta": 0.0}}
+images = pipeline({prompt!r}, num_images_per_prompt=4, **options).images"""
 
 
 def save(home: Path) -> None:
@@ -37,8 +48,18 @@ def save(home: Path) -> None:
     stated = {"license": licence, "base_model": repository}
     known = run["reward"] in rewards.REWARDS
     template = (paths.CONFIG / "model_card.md").read_text(encoding="utf-8")
+    prompts, own_adapter = settings["prompts"], ""
+    if settings["adapter_rank"]:
+        own_adapter = '\npipeline.load_lora_weights("PATH OR ID OF THIS MODEL")'
+    usage = TEXT.format(
+        source=base if own_adapter else "PATH OR ID OF THIS MODEL", adapter=own_adapter,
+        n_steps=settings["n_steps"], guidance=run["guidance"], prompt=prompts[0],
+    ) if prompts else PIXELS.format(n_steps=settings["n_steps"])  # fmt: skip
     card = template.format(
         run=run,
+        usage=usage,
+        task="text-to-image" if prompts else "unconditional-image-generation",
+        kind="text-to-image" if prompts else "pixel-space",
         metadata="".join(f"{key}: {value}\n" for key, value in stated.items() if value),
         base=base,
         commit=f", commit `{commit}`" if repository else "",
@@ -63,7 +84,7 @@ def push_to_hub(home: Path, repository: str, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     best, api = home / "best", HfApi()
-    if not (best / "model_index.json").is_file():
+    if not any((best / file).is_file() for file in ("model_index.json", adapter.FILE)):
         raise FileNotFoundError(f"{best} holds no policy: finetune first")
     save(home)
     message = f"{home.name}, finetuned with reinforcement learning"

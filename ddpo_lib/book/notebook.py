@@ -1,5 +1,6 @@
 """What every notebook does first: check its parameters, say where it runs."""
 
+import ast
 import contextlib
 import importlib.metadata
 import io
@@ -15,6 +16,7 @@ from IPython.display import clear_output
 from ddpo_lib.book import batch, finetuning, profiles
 from ddpo_lib.book.figures import Page
 from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib.settings import check_like
 
 SHOWN = ("torch", "diffusers", "transformers", "open_clip_torch")
 
@@ -23,7 +25,7 @@ def begin(notebook: str) -> Page:
     """Check the notebook's parameters and print versions and device.
 
     The parameters cell, and the one that papermill injects after it, start with "# Parameters".
-    ValueError for a parameter that the notebook does not have, about which papermill only warns.
+    ValueError for one that the notebook lacks, about which papermill only warns, or cannot use.
     """
     space = get_ipython().user_ns
     cells = [cell for cell in space["In"] if cell.lstrip().startswith("# Parameters")]
@@ -34,7 +36,12 @@ def begin(notebook: str) -> Page:
     given = {name for cell in cells if cell != cells[0] for name in batch.assigned(cell)}
     if unknown := sorted(given - set(known)):
         raise ValueError(f"unknown parameter {unknown}: notebook {notebook} takes {known}")
-    profiles.load(space["profile"])
+    policies = [*profiles.load(space["profile"]).policies]
+    if "policy" in known and space["policy"] not in policies:
+        raise ValueError(f"unknown policy {space['policy']!r}: {space['profile']} has {policies}")
+    for name, node in batch.parameters(notebook).items():
+        default = ast.literal_eval(node)
+        check_like(name, space.get(name, default), default)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     threads = torch.get_num_threads()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from ddpo_lib import objectives, rewards
+from ddpo_lib import objectives, prompts, rewards
 from ddpo_lib.book import paths
-from ddpo_lib.settings import Finetune, check, choice, number
+from ddpo_lib.settings import Finetune, check, check_whole, choice, number
 
 MODELS = ("clip", "aesthetic", "age")
 
@@ -47,6 +47,8 @@ class Run:
     """The objective's own `Settings`."""
     jpeg_encoding: str = choice(*rewards.ENCODINGS)
     """How the JPEG rewards see a picture, see `rewards.to_uint8`."""
+    guidance: float = number(1.0, 1)
+    """Of a text-to-image policy, see `policy.Policy`, while it samples and learns."""
 
     def __post_init__(self):
         named = isinstance(self.reward, str) and ":" in self.reward
@@ -187,8 +189,7 @@ def _batch_entry(run) -> dict:
     n = run.get("seeds", 1)
     if "seed" in run and "seeds" in run:
         raise ValueError(f"runs: {run} has a seed and a number of seeds: give one of them")
-    if type(n) is not int or n < 1:
-        raise ValueError(f"runs: seeds={n!r}: must be a whole number from 1 up")
+    check_whole("runs: seeds", n, 1)
     return run
 
 
@@ -205,15 +206,23 @@ def _settings(*layers: dict) -> dict:
     if not isinstance(objective, str):
         raise ValueError(f"objective={objective!r}: must be a name")
     kind = objectives.load(objective).Settings
-    loop, own, others = _fields(Finetune), _fields(kind), ("objective", "jpeg_encoding")
+    loop, own = _fields(Finetune), _fields(kind)
+    others = ("objective", "jpeg_encoding", "guidance")
     if both := sorted({*loop, *others}.intersection(own)):
         raise ValueError(f"{both}: settings of the loop, and of the objective {objective!r} too")
     _mapping(values, "settings", (*loop, *own, *others))
+    for name in ("prompts", "unseen_prompts"):
+        if isinstance(source := values.get(name), dict):
+            slots = {slot: words for slot, words in source.items() if slot != "template"}
+            values[name] = prompts.load(str(source.get("template")), **slots)
+        elif isinstance(source, str):
+            values[name] = prompts.load(paths.resolve(source))
     return {
         "settings": Finetune(**{name: values[name] for name in loop if name in values}),
         "objective": objective,
         "objective_settings": kind(**{name: values[name] for name in own if name in values}),
         "jpeg_encoding": values.get("jpeg_encoding", rewards.ENCODINGS[0]),
+        "guidance": values.get("guidance", 1.0),
     }
 
 

@@ -5,6 +5,7 @@ which in the tables is called eta1.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,26 +25,27 @@ COLUMNS = [
 
 
 def pretrained_pictures(
-    profile: Profile, policy_name: str, bf16: bool | None = None, eta: float = 0.0
+    profile: Profile, policy_name: str, bf16: bool | None = None, eta: float = 0.0, **told
 ) -> np.ndarray:
     """The evaluation set of a pretrained policy of the profile, uint8 (n, H, W, C); bf16 as in
-    `policy.load`, by default the profile's."""
+    `policy.load`, by default the profile's; told, of a policy that takes text, as in `pictures`."""
     bf16 = profile.finetune.get("bf16", True) if bf16 is None else bf16
     folder = paths.RUNS / profile.name / f"{policy_name}-pretrained"
     cache = folder / ("evaluation.npz" if bf16 else "evaluation-float32.npz")
-    return pictures(profile.policies[policy_name], profile.evaluation, cache, bf16, eta=eta)
+    source = profile.policies[policy_name]
+    return pictures(source, profile.evaluation, cache, bf16, eta=eta, **told)
 
 
-def finetuned_pictures(profile: Profile, run: Run, eta: float = 0.0) -> np.ndarray:
+def finetuned_pictures(profile: Profile, run: Run, eta: float = 0.0, **told) -> np.ndarray:
     """The evaluation set of a run's best checkpoint, uint8 (n, H, W, C); of a run that was never
-    begun the published policy's, if the profile names one."""
+    begun the published policy's, if the profile names one. told as in `pictures`."""
     home, published = finetuning.home(run), profile.published(run)
-    source, base = str(home / "best"), None
+    source, base = str(home / "best"), run.source if run.settings.adapter_rank else None
     if published and not finetuning.begun(run):
         home, base = home.with_name(f"{run.policy}-{run.task}-published"), run.source
         source = published
     cache = home / "evaluation.npz"
-    return pictures(source, profile.evaluation, cache, run.settings.bf16, base, eta)
+    return pictures(source, profile.evaluation, cache, run.settings.bf16, base, eta, **told)
 
 
 def pictures(
@@ -53,13 +55,20 @@ def pictures(
     bf16: bool = True,
     base: str | None = None,
     eta: float = 0.0,
+    prompts: tuple = (),
+    guidance: float = 1.0,
 ) -> np.ndarray:
-    """The evaluation set of one policy, uint8 (n, H, W, C); source, bf16 and base as in
-    `policy.load`. The cache, an .npz, above eta = 0 one beside it, is made again if it cannot be
-    read or is of other settings or another policy."""
+    """The evaluation set of one policy, uint8 (n, H, W, C); source, bf16, base and guidance as in
+    `policy.load`, prompts as in `evaluation.draw`. The cache, an .npz, for each eta and for each
+    set of prompts one beside it, is made again if it cannot be read or is of other settings or
+    another policy."""
     models = [finetuning.identify(each) for each in (source, base) if each]
     key = json.dumps([dataclasses.asdict(settings), models, bf16, float(eta)])
     cache = cache if eta == 0 else cache.with_stem(f"{cache.stem}-eta{eta:g}")
+    if prompts:
+        told = json.dumps([prompts, float(guidance)])
+        key += told
+        cache = cache.with_stem(f"{cache.stem}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):  # who comes second finds it made
         try:
@@ -68,10 +77,10 @@ def pictures(
                     return stored["pictures"]
         except Exception:  # missing or, in one of many ways, damaged
             pass
-        agent = policy.load(source, bf16=bf16, base=base)
+        agent = policy.load(source, bf16=bf16, base=base, guidance=guidance)
         n, n_steps, seed = dataclasses.astuple(settings)
         label = f"evaluation set, {n} at η = {eta:g}"
-        drawn = evaluation.draw(agent, n, n_steps, seed, eta, progress=label)
+        drawn = evaluation.draw(agent, n, n_steps, seed, eta, progress=label, prompts=prompts)
         with runs.replacing(cache) as draft:
             np.savez(draft, pictures=drawn, key=key)
     return drawn
@@ -151,12 +160,15 @@ def scores(profile: Profile, run: Run, eta: float = 0.0) -> list[np.ndarray]:
     return _score(run, sets(profile, run, eta))
 
 
-def sets(profile: Profile, run: Run, eta: float) -> list[np.ndarray]:
-    """The evaluation set at eta before and after, uint8 (n, H, W, C) each."""
-    before = pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
-    return [before, finetuned_pictures(profile, run, eta)]
+def sets(profile: Profile, run: Run, eta: float, prompts: tuple | None = None) -> list[np.ndarray]:
+    """The evaluation set at eta before and after, uint8 (n, H, W, C) each; of a policy that takes
+    text of these prompts, by default those that it is finetuned on."""
+    told = {"prompts": run.settings.prompts if prompts is None else prompts}
+    told["guidance"] = run.guidance
+    before = pretrained_pictures(profile, run.policy, run.settings.bf16, eta, **told)
+    return [before, finetuned_pictures(profile, run, eta, **told)]
 
 
 def _score(run: Run, both: list[np.ndarray]) -> list[np.ndarray]:
-    reward = finetuning.load_reward(run)
-    return [evaluation.score(images, reward) for images in both]
+    reward, prompts = finetuning.load_reward(run), run.settings.prompts
+    return [evaluation.score(images, reward, prompts=prompts) for images in both]

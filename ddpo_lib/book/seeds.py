@@ -7,6 +7,7 @@ runs, it is methods.csv; along.csv, like fooled.csv but of every run on the aest
 images.npz, some images of each method.
 """
 
+import argparse
 import functools
 import sys
 
@@ -109,8 +110,16 @@ def finished(profile: Profile, task: str | None = None) -> list[Run]:
     return [run for run in wanted if finetuning.is_complete(run)]
 
 
-def main(name: str) -> None:
-    profile = profiles.load(name)
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ddpo_lib.book.seeds")
+    parser.add_argument("profile")
+    name = parser.parse_args().profile
+    try:
+        profile = profiles.load(name)
+        if not finished(profile):  # empty tables would replace those that are there
+            raise ValueError(f"no run of profile {name} is finished: `make seeds PROFILE={name}`")
+    except (OSError, ValueError) as error:
+        sys.exit(f"Nothing was done: {error}")
     folder = paths.OUTPUT / "data" / "seeds" / name
     folder.mkdir(parents=True, exist_ok=True)
     if name == "methods":
@@ -131,4 +140,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -15,7 +15,7 @@ Every objective answers the same questions, as functions under agreed names:
 
 and, where it differs from DDPO:
 
-    rollout(policy, settings, loop, helpers, seeds, iteration, generator)
+    rollout(policy, settings, loop, helpers, seeds, context, iteration, generator)
                                                       who samples, and from where? a Trajectory; by
                                                       default the learner, from each seed's noise
     tend(settings, helpers, optimizer, iteration)     what is done between iterations?
@@ -41,9 +41,9 @@ def load(objective: str | ModuleType) -> ModuleType:
         ours = "." not in objective and importlib.util.find_spec(f"{__name__}.{objective}")
         try:
             objective = importlib.import_module(ours.name if ours else objective)
-        except ImportError as error:
+        except Exception as error:
             advice = "name one of ddpo_lib.objectives, 'ddpo', or an importable one of your own"
-            said = f"cannot import the objective {objective!r}: {error}"
+            said = f"cannot import the objective {objective!r}: {type(error).__name__}: {error}"
             raise ValueError(f"{said}; {advice}") from error
     if missing := [name for name in FUNCTIONS if not hasattr(objective, name)]:
         title = f"the objective {getattr(objective, '__name__', objective)!r}"

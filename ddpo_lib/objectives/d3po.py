@@ -41,9 +41,9 @@ def helpers(policy, settings, loop) -> torch.nn.Module:
     return frozen(policy)
 
 
-def rollout(policy, settings, loop, helpers, seeds, iteration, generator):
+def rollout(policy, settings, loop, helpers, seeds, context, iteration, generator):
     """The learner's trajectories, two from each initial noise."""
-    return roll_out(policy, loop, seeds, shared_noise(policy, seeds, PAIR))
+    return roll_out(policy, loop, seeds, context, shared_noise(policy, seeds, PAIR))
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:

@@ -73,14 +73,17 @@ def helpers(policy, settings, loop) -> torch.nn.Module | None:
 
 
 def check_groups(size: int, loop) -> None:
-    """ValueError unless an iteration's samples are whole groups."""
+    """ValueError unless an iteration's samples, and those of a prompt, are whole groups."""
     if loop.n_samples % size:
         raise ValueError(f"n_samples={loop.n_samples} is no multiple of the groups' size, {size}")
+    if loop.prompts and loop.samples_per_prompt % size:
+        said = f"samples_per_prompt={loop.samples_per_prompt} is no multiple of the groups' size"
+        raise ValueError(f"{said}, {size}: those of a group share their prompt")
 
 
-def rollout(policy, settings, loop, helpers, seeds, iteration, generator) -> Trajectory:
+def rollout(policy, settings, loop, helpers, seeds, context, _, generator) -> Trajectory:
     """The learner's trajectories; from shared noise where there are groups."""
-    return roll_out(policy, loop, seeds, shared_noise(policy, seeds, settings.group_size))
+    return roll_out(policy, loop, seeds, context, shared_noise(policy, seeds, settings.group_size))
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:

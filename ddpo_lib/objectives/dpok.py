@@ -42,7 +42,8 @@ def helpers(policy, settings, loop) -> torch.nn.Module:
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """R - V(x_t, t) of every decision, and below it R, (2, T, N) float32."""
-    rewards = standardise(experience.rewards).float().expand(len(experience.trajectory.stds), -1)
+    rewards = standardise(experience.rewards, experience.groups).float()
+    rewards = rewards.expand(len(experience.trajectory.stds), -1)
     return torch.stack([rewards - values(helpers["critic"], experience), rewards])
 
 

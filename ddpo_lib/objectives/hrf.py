@@ -40,16 +40,17 @@ class Settings(ddpo.Settings):
         check(self)
 
 
-def rollout(policy, settings, loop, _, seeds, iteration, generator):
+def rollout(policy, settings, loop, _, seeds, context, iteration, generator):
     """The siblings' trajectories, from the step at which they part."""
     first = seeds[:: settings.group_size]
-    parents = roll_out(policy, loop, first).x_0.to(policy.device)
+    told = context and context.select(slice(None, None, settings.group_size))
+    parents = roll_out(policy, loop, first, told).x_0.to(policy.device)
     start = start_step(settings, loop.n_steps, iteration, generator)
     a_t = policy.alpha_bar_at(steps(policy, loop.n_steps)[0][start].view(1)).to(parents.device)
     fresh = noise(policy, [seed + 1 for seed in first])
     states = a_t.sqrt() * parents + (1 - a_t).sqrt() * fresh
     states = states.repeat_interleave(settings.group_size, 0)[: len(seeds)]
-    return roll_out(policy, loop, seeds, states, skip=start)
+    return roll_out(policy, loop, seeds, context, states, skip=start)
 
 
 def start_step(settings, n_steps: int, iteration: int, generator) -> int:

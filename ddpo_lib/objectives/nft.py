@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_lib.experience import corrupt, frozen, roll_out
+from ddpo_lib.experience import corrupt, frozen, frozen_copy, roll_out
 from ddpo_lib.objectives.ddpo import advantages
 from ddpo_lib.objectives.rwr import units  # noqa: F401
 from ddpo_lib.policy import predict_noise
@@ -38,27 +38,29 @@ class Settings:
 
 def helpers(policy, settings, loop) -> torch.nn.Module:
     """The pretrained policy, and the one that draws the samples."""
-    return torch.nn.ModuleDict({"reference": frozen(policy), "old": frozen(policy)})
+    return torch.nn.ModuleDict({"reference": frozen(policy), "old": frozen_copy(policy)})
 
 
-def rollout(policy, settings, loop, helpers, seeds, iteration, generator):
+def rollout(policy, settings, loop, helpers, seeds, context, iteration, generator):
     """The learner's trajectories; it becomes the old policy."""
     helpers["old"].load_state_dict(policy.unet.state_dict())
-    return roll_out(policy, loop, seeds)
+    return roll_out(policy, loop, seeds, context)
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """u, how good a sample is, in [0, 1], (N,) float32."""
-    return advantages(experience.rewards, 5.0) / 10 + 0.5
+    return advantages(experience.rewards, 5.0, experience.groups) / 10 + 0.5
 
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
     """The loss of each corrupted sample."""
-    x_t, eps, t = corrupt(policy, experience, rows)
-    new = predict_noise(policy, x_t, t)
+    x_t, eps, t, context = corrupt(policy, experience, rows)
+    new = predict_noise(policy, x_t, t, context)
     with torch.no_grad():
-        old = predict_noise(replace(policy, unet=helpers["old"]), x_t, t)
-        pretrained = predict_noise(replace(policy, unet=helpers["reference"]), x_t, t)
+        old, pretrained = (
+            predict_noise(replace(policy, unet=helpers[name]), x_t, t, context)
+            for name in ("old", "reference")
+        )
     u = credit[rows[:, 0, 1]].to(new.device)
     toward, away = implicit(new, old, settings.beta)
     good, bad, distance = (

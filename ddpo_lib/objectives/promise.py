@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpo_lib.experience import peers
 from ddpo_lib.objectives import ddpo
 from ddpo_lib.objectives.ddpo import helpers, loss, rollout, units  # noqa: F401
 from ddpo_lib.settings import check, number
@@ -35,7 +36,9 @@ class Settings(ddpo.Settings):
 def credit(experience, settings, loop, _) -> torch.Tensor:
     """A of every decision, (T, N) float32."""
     to_go = (experience.rewards - experience.denoised)[experience.steps]
-    centred = to_go - to_go.mean(1, keepdim=True)
+    centred = to_go.clone()
+    for members in peers(experience.groups, to_go.shape[1]):
+        centred[:, members] -= to_go[:, members].mean(1, keepdim=True)
     advantage = torch.zeros_like(experience.denoised)
     advantage[experience.steps] = centred / (centred.square().mean().sqrt() + 1e-8)
     return advantage.clamp(-settings.advantage_clip, settings.advantage_clip)

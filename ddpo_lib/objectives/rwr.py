@@ -40,9 +40,10 @@ def helpers(policy, settings, loop) -> None:
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """The weight of every sample, (N,) float32; their mean is 1."""
-    rewards, n = experience.rewards, len(experience.rewards)
+    rewards = standardise(experience.rewards, experience.groups)
+    n = len(rewards)
     if settings.weights == "softmax":
-        return n * (settings.inverse_temperature * standardise(rewards)).softmax(0).float()
+        return n * (settings.inverse_temperature * rewards).softmax(0).float()
     n_kept = max(1, round(settings.kept * n))
     weights = torch.zeros(n)
     weights[rewards.argsort(descending=True, stable=True)[:n_kept]] = n / n_kept
@@ -63,5 +64,5 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
 
 def denoising_error(policy, experience, rows) -> torch.Tensor:
     """||eps - eps_theta(x_t, t)||^2 as a mean over pixels, (U,) (equation 2.9)."""
-    x_t, eps, t = corrupt(policy, experience, rows)
-    return (predict_noise(policy, x_t, t) - eps).square().flatten(1).mean(1)
+    x_t, eps, t, context = corrupt(policy, experience, rows)
+    return (predict_noise(policy, x_t, t, context) - eps).square().flatten(1).mean(1)

@@ -36,9 +36,9 @@ def helpers(policy, settings, loop) -> torch.nn.Module:
     return frozen(policy)
 
 
-def rollout(policy, settings, loop, helpers, seeds, iteration, generator):
+def rollout(policy, settings, loop, helpers, seeds, context, iteration, generator):
     """Trajectories of the pretrained policy."""
-    return roll_out(replace(policy, unet=helpers), loop, seeds)
+    return roll_out(replace(policy, unet=helpers), loop, seeds, context)
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
@@ -49,10 +49,10 @@ def credit(experience, settings, loop, helpers) -> torch.Tensor:
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
     """The weighted denoising loss of each corrupted sample, and its distance from pretrained."""
-    x_t, eps, t = corrupt(policy, experience, rows)
-    new = predict_noise(policy, x_t, t)
+    x_t, eps, t, context = corrupt(policy, experience, rows)
+    new = predict_noise(policy, x_t, t, context)
     with torch.no_grad():
-        old = predict_noise(replace(policy, unet=helpers), x_t, t)
+        old = predict_noise(replace(policy, unet=helpers), x_t, t, context)
     error, distance = ((new - other).square().flatten(1).mean(1) for other in (eps, old))
     weight = credit[rows[:, 0, 1]].to(error.device)
     logged = {"denoising_error": error.detach(), "distance": distance.detach()}

@@ -50,7 +50,7 @@ def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """A, R and the old V of every decision, (3, T, N) float32; A is standardised over those that
     are learned from."""
     value = values(helpers, experience)
-    rewards = standardise(experience.rewards).float().expand_as(value)
+    rewards = standardise(experience.rewards, experience.groups).float().expand_as(value)
     raw, advantage = (rewards - value)[experience.steps], torch.zeros_like(value)
     advantage[experience.steps] = standardise(raw.flatten()).float().view_as(raw)
     clip = settings.advantage_clip

@@ -77,7 +77,7 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
         SUBJECT[next(part.domain for part, own in zip(drawn, says, strict=True) if own[:, j].any())]
         for j in range(len(phrases))
     ]
-    tokenizer = _word_tokenizer([text for own in captions for texts in own for text in texts])
+    tokenizer = word_tokenizer([text for own in captions for texts in own for text in texts])
     tokenizer.save_pretrained(folder)
     text_cfg = TEXT | {"vocab_size": len(tokenizer), "hf_tokenizer_name": "word-level"}
     model_cfg = {"embed_dim": EMBED_DIM, "vision_cfg": VISION, "text_cfg": text_cfg}
@@ -162,7 +162,7 @@ def _spread_texts(model: open_clip.CLIP, end: int) -> None:
         torch.nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5)
 
 
-def _word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer that ends each text with [EOS], the highest id.
 
     open_clip's text tower reads its output at the highest token of a text.

@@ -1,7 +1,8 @@
 """Rebuild the toy world in data/toy from seeds: `python -m ddpo_lib.toy.make [model ...]`.
 
 Without arguments everything is built and measured. With names, only those models are: faces,
-churches, clip, age, regressor, second-regressor, aesthetic; or quality, the measurement.
+churches, clip, age, regressor, second-regressor, aesthetic, text-to-image; or quality, the
+measurement.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ddpo_lib import encoders, policy
-from ddpo_lib.toy import aesthetic, policies, quality, regressor
+from ddpo_lib.toy import aesthetic, policies, quality, regressor, text_to_image
 from ddpo_lib.toy import encoders as toy_encoders
 from ddpo_lib.toy.training import DOMAINS, draw
 
@@ -64,6 +65,14 @@ def build_aesthetic(folder: Path) -> None:
     aesthetic.train_aesthetic_head(clip, drawn, folder, seed=5)
 
 
+def build_text_to_image(folder: Path) -> None:
+    drawn = [
+        draw("faces", N_ENCODER, seed=6, age_balanced=0.3),
+        draw("churches", N_ENCODER, seed=6),
+    ]
+    text_to_image.train_text_to_image(drawn, folder, seed=6)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "faces": lambda folder: build_policy("faces", folder),
     "churches": lambda folder: build_policy("churches", folder),
@@ -72,6 +81,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "regressor": lambda folder: build_regressor(folder, seed=4),
     "second-regressor": lambda folder: build_regressor(folder, seed=8),
     "aesthetic": build_aesthetic,
+    "text-to-image": build_text_to_image,
 }
 
 
