@@ -97,6 +97,8 @@ def _describe(thing: object, parts: Callable[..., bytes]) -> tuple[str, bytes | 
             values = {f.name: getattr(thing, f.name) for f in fields(thing) if f.compare}
             if isinstance(thing, Policy):
                 del values["bf16"]
+                if thing.text is None:  # as runs have it that are older than these fields
+                    del values["text"], values["guidance"]
             return "dataclass", parts(type(thing), values)
         case _ if hasattr(type(thing), "register_to_config"):
             return "scheduler", parts(type(thing), configuration(thing))

@@ -420,3 +420,24 @@ def test_a_profile_runs_text_to_image_to_its_card(folder, tmp_path, monkeypatch)
     space = {}
     exec(code.replace("num_images_per_prompt=4", "num_images_per_prompt=1"), space)
     assert len(space["images"]) == 1
+
+
+def test_readmes_script_runs(folder, tmp_path, monkeypatch):
+    """On small models, for one iteration."""
+    import re
+
+    from ddpo_lib.book import paths
+
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(# cats.py.*?)```", readme, re.S)[1]
+    short = "Finetune(n_iterations=1, n_steps=4, n_development=2, bf16=False, "
+    changes = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": str(folder), "Finetune(": short,
+        "ViT-L-14:openai": str(paths.TOY / "clip"), "runs/cats": str(tmp_path / "cats"),
+        "riding a bike": "sits", "n_samples=64": "n_samples=8",
+    }  # fmt: skip
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert (tmp_path / "cats/best" / adapter.FILE).exists()

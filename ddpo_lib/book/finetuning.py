@@ -140,7 +140,8 @@ def _record(run: Run, old: dict | None = None) -> dict:
     record = {
         "policy": run.policy, "task": run.task, "seed": run.seed, "reward": reward,
         "jpeg_encoding": run.jpeg_encoding if reward in rewards.JPEG else None,
-        "settings": run.settings.decisive, "objective": run.objective, "guidance": run.guidance,
+        "settings": run.settings.decisive, "objective": run.objective,
+        "guidance": run.guidance if run.settings.prompts else None,
         "objective_settings": dataclasses.asdict(run.objective_settings),
         "own_code": identity.fingerprint(own) if own else None,
         "models": {
