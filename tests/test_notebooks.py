@@ -25,17 +25,15 @@ WORLDS = ("toy", "thesis")
 SETTINGS = (Finetune, ddpo.Settings)
 NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
 WAITING = {
-    "21_training_a_ddpm",
     "22_clip_guidance",
     "23_ddim_and_inversion",
-    "31_reward_models",
     "50_finetune",
     "51_what_the_seeds_agree_on",
     "54_emergent_effects",
     "57_mode_collapse",
 }
-"""New or changed notebooks that the toy profile's batch has not run yet: without outputs, and without figures
-of the 64x64 world. `make reproduce` and adopt end that, and then these tests have to say so."""
+"""New or changed notebooks that the toy profile's batch has not run yet: without outputs, and without
+figures of the 64x64 world. `make reproduce` and adopt end that, and then these tests have to say so."""
 
 
 def read(name):
