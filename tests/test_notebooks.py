@@ -25,13 +25,15 @@ WORLDS = ("toy", "thesis")
 SETTINGS = (Finetune, ddpo.Settings)
 NOTEBOOKS = sorted(file.stem for file in paths.NOTEBOOKS.glob("*.ipynb"))
 WAITING = {
+    "22_clip_guidance",
+    "23_ddim_and_inversion",
     "50_finetune",
     "51_what_the_seeds_agree_on",
     "54_emergent_effects",
     "57_mode_collapse",
 }
-"""New notebooks that the toy profile's batch has not run yet: without outputs, and without figures
-of the 64x64 world. `make reproduce` and adopt end that, and then these tests have to say so."""
+"""New or changed notebooks that the toy profile's batch has not run yet: without outputs, and without
+figures of the 64x64 world. `make reproduce` and adopt end that, and then these tests have to say so."""
 
 
 def read(name):
@@ -147,6 +149,22 @@ def test_committed_outputs_are_fit_to_read(name):
     )
     assert not re.search(r"/(home|root|Users|tmp|work|content|mnt)/", text)
     assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 1.5e6
+
+
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "23"])
+def test_chapters_2_and_3_ask_answer_and_solve(name):
+    """A question at the start and its answer at the end; for every exercise a folded solution."""
+    notebook = read(name)
+    assert "**Question.**" in notebook.cells[0].source
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown") + "\n"
+    parts = [prose.index(f"\n## {title}\n") for title in ("Exercises", "Answer", "What holds")]
+    assert parts == sorted(parts)
+    exercises = re.findall(r"^[0-9]+\. ", prose[parts[0] : parts[1]], re.MULTILINE)
+    solutions = [c for c in notebook.cells if "solution" in c.metadata.get("tags", [])]
+    assert len(solutions) == len(exercises) > 0
+    for cell in solutions:
+        assert cell.metadata.jupyter.source_hidden
+        assert re.search(r"^ *assert ", cell.source, re.MULTILINE)
 
 
 def test_finetune_notebook_takes_every_setting():

@@ -25,6 +25,10 @@ PALETTE = {
 }  # fmt: skip
 """One colour a task, distinguishable in colour-blind eyes (Paul Tol's palettes)."""
 
+MAIN, OTHER, THIRD, FOURTH = "#332288", "#cc6677", "#44aa99", "#999933"
+"""Chapters 2 and 3 have no tasks, so they use none of the tasks' colours: what a figure is about,
+and what it is set beside. What is exact or true is black."""
+
 
 @dataclass(frozen=True)
 class Page:

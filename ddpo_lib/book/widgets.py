@@ -1,10 +1,13 @@
 """Sliders for readers with a kernel; whoever reads without one has the static figure beside it."""
 
+import inspect
 import io
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import numpy as np
 from IPython import get_ipython
 from IPython.display import display
@@ -29,6 +32,39 @@ def slide(frames: dict[str, np.ndarray], label: str) -> None:
     picture = ipywidgets.Image(value=slider.value, format="png")
     ipywidgets.link((slider, "value"), (picture, "value"))
     display(ipywidgets.VBox([slider, picture]))
+
+
+def live(draw: Callable[..., plt.Figure], **values: Sequence) -> None:
+    """Show a figure that is computed anew whenever a slider is moved: a slider for each of draw's
+    parameters that is named here, with the values that it may take. They start at the defaults.
+
+    Where nothing can be moved, the figure of the defaults is shown, and a line of text.
+    """
+    start = {name: inspect.signature(draw).parameters[name].default for name in values}
+    if not is_live():
+        draw(**start)
+        plt.show()
+        print(f"[In JupyterLab this figure has a slider for {', '.join(values)}.]")
+        return
+    look = {"continuous_update": False, "layout": {"width": f"{WIDTH}px"}}
+    sliders = {}
+    for name, own in values.items():
+        options = [(v if isinstance(v, str) else f"{v:g}", v) for v in own]
+        sliders[name] = ipywidgets.SelectionSlider(
+            options=options, value=start[name], description=name, **look
+        )
+    picture = ipywidgets.Image(format="png")
+
+    def redraw(_=None):
+        fig, buffer = draw(**{name: slider.value for name, slider in sliders.items()}), io.BytesIO()
+        fig.savefig(buffer, format="png")
+        plt.close(fig)  # or the notebook would show it once more below
+        picture.value = buffer.getvalue()
+
+    redraw()
+    for slider in sliders.values():
+        slider.observe(redraw, "value")
+    display(ipywidgets.VBox([*sliders.values(), picture]))
 
 
 def is_live() -> bool:
