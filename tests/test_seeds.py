@@ -79,14 +79,21 @@ def test_factors_are_the_judges():
 def test_shift_is_in_standard_deviations_of_before(monkeypatch):
     rng = np.random.default_rng(0)
     sets = {eta: rng.integers(40, 90, (10, 8, 8, 3)).astype(np.uint8) for eta in (0.0, 1.0)}
-    monkeypatch.setattr(results, "pretrained_pictures", lambda p, name, bf16, eta: sets[eta])
-    monkeypatch.setattr(results, "finetuned_pictures", lambda p, run, eta: sets[eta] + 10)
-    run = profiles.load("toy").run("faces", "aesthetic")
+    monkeypatch.setattr(results, "pretrained_pictures", lambda p, name, bf16, eta, **_: sets[eta])
+    monkeypatch.setattr(
+        results, "finetuned_pictures", lambda p, run, eta, **_: sets[eta] + 10 * (1 + run.seed)
+    )
+    monkeypatch.setattr(regressor, "load_regressor", lambda folder: None)
+    world = profiles.load("toy")
+    of = [world.run("faces", "aesthetic", seed=seed) for seed in (0, 1)]
+    monkeypatch.setattr(seeds, "finished", lambda profile: of)
+    shifts = seeds.factor_shifts(world).set_index(["seed", "sampler", "factor"]).d
     for eta, before in sets.items():
-        shift = factors.shifts(None, run, eta, None)
         sd = before.mean((1, 2, 3)).std(ddof=1)
-        assert shift["brightness"] == pytest.approx(10 / sd)
-        assert shift["detail"] == pytest.approx(0, abs=1e-9)
+        for seed in (0, 1):
+            shift = shifts[seed, f"eta{eta:g}"]
+            assert shift["brightness"] == pytest.approx(10 * (1 + seed) / sd, abs=1e-4)
+            assert shift["detail"] == 0
 
 
 # ------------------------------------------------------------------------------- the fooled run

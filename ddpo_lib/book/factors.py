@@ -3,9 +3,7 @@
 import numpy as np
 import torch
 
-from ddpo_lib import evaluation, rewards
-from ddpo_lib.book import results
-from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib import rewards
 from ddpo_lib.toy import regressor
 
 
@@ -41,12 +39,3 @@ def read(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> dict[
     images = rewards.from_uint8(torch.from_numpy(pictures))
     values = regressor.estimate(judge, images, policy)
     return {name: own.double().cpu().numpy() for name, own in values.items()}
-
-
-def shifts(
-    profile: Profile, run: Run, eta: float, judge: regressor.Regressor | None
-) -> dict[str, float]:
-    """Measure → its change by finetuning, in standard deviations of the pretrained policy's, on the
-    evaluation set at eta."""
-    old, new = (measure(each, run.policy, judge) for each in results.sets(profile, run, eta))
-    return {name: float(evaluation.change(old[name], new[name])) for name in old}

@@ -46,16 +46,21 @@ def table(profile: Profile):
 
 
 def factor_shifts(profile: Profile):
-    """A DataFrame, a row a finished run, sampler and measure: see `factors.shifts`."""
+    """A DataFrame, a row a finished run, sampler and measure of `factors.measure`: its change by
+    finetuning, in standard deviations of the pretrained policy's evaluation set."""
     import pandas as pd
 
     judge = regressor.load_regressor(paths.TOY / "regressor") if profile.is_toy else None
-    rows = [
-        [run.policy, run.task, run.seed, sampler, name, d]
-        for run in finished(profile)
-        for sampler, eta in results.etas(run).items()
-        for name, d in factors.shifts(profile, run, eta, judge).items()
-    ]
+    rows, pretrained = [], {}
+    for run in finished(profile):
+        for sampler, eta in results.etas(run).items():
+            before, after = results.sets(profile, run, eta)
+            key = run.policy, run.settings.bf16, eta
+            if key not in pretrained:
+                pretrained[key] = factors.measure(before, run.policy, judge)
+            old, new = pretrained[key], factors.measure(after, run.policy, judge)
+            shifts = {name: float(evaluation.change(old[name], new[name])) for name in old}
+            rows += [[run.policy, run.task, run.seed, sampler, *each] for each in shifts.items()]
     return pd.DataFrame(rows, columns=["policy", "task", "seed", "sampler", "factor", "d"]).round(4)
 
 
