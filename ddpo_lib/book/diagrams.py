@@ -108,7 +108,7 @@ def ddim_chain(pictures: np.ndarray | None = None) -> plt.Figure:
     for i in range(2):
         arrow(ax, right[i], right[i + 1])
         arrow(ax, (right[3].x, 1.31), (right[i].x, 1.31), bend=0.28)
-        write(ax, right[i].x + 0.485, 0.57, rf"$q_\sigma(x_{2 - i} \mid x_{3 - i}, x_0)$", 8)
+        write(ax, right[i].x + 0.485, 0.42, rf"$q_\sigma(x_{2 - i} \mid x_{3 - i}, x_0)$", 8)
     return fig
 
 
