@@ -157,7 +157,7 @@ def test_chapters_2_and_3_ask_answer_and_solve(name):
 def test_finetune_notebook_takes_every_setting():
     own = {"profile", "policy", "task", "seed"}
     settings = {field.name for kind in SETTINGS for field in dataclasses.fields(kind)}
-    settings |= {"reward", "objective", "jpeg_encoding"}
+    settings |= {"reward", "objective", "jpeg_encoding", "guidance"}
     values = parameters("50_finetune")
     assert set(values) == own | settings
     assert all(values[name] is None for name in settings)

@@ -1,9 +1,11 @@
 """The model card of a finetuned policy, and its upload to the Hugging Face Hub."""
 
+import dataclasses
 from pathlib import Path
 
 from ddpo_lib import adapter, hub, rewards, runs
 from ddpo_lib.book import paths
+from ddpo_lib.settings import Finetune
 
 LICENCES = {"google/ddpm-": "apache-2.0", "data/toy/": "mit"}
 """How a base's source begins → its licence, which is that of what is made from it."""
@@ -24,7 +26,8 @@ def save(home: Path) -> None:
     """Write best/README.md: config/model_card.md, filled with what the run's folder holds; with the
     evaluation set's metrics once evaluation.json is there."""
     run = runs.read_json(home / "profile.json")
-    settings = runs.read_json(home / "settings.json")["settings"]
+    # A run that is older than a setting had what is now its default.
+    settings = dataclasses.asdict(Finetune()) | runs.read_json(home / "settings.json")["settings"]
     n, done = settings["n_development"], runs.iterations_done(home)
     best = runs.best(home)["iteration"]
     rows = runs.metrics(home)
