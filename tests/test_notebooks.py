@@ -135,7 +135,7 @@ def test_committed_outputs_are_fit_to_read(name):
         for o in outputs
     )
     assert not re.search(r"/(home|root|Users|tmp|work|content|mnt)/", text)
-    assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 1.5e6
+    assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 5e6  # a page of 64x64 images
 
 
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "23"])
