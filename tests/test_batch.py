@@ -137,7 +137,7 @@ def test_plan_knows_what_is_done_and_changes_nothing(begin, tmp_path):
     assert "goes on after 4 of" in states[1]
     assert f"to do, 24 iterations, in {foreign.name}-2, beside another run of" in states[2]
     assert "goes on after 24 of 24" in states[3]
-    assert f"to do, 24 iterations, in {longer.name}-2" in states[4]
+    assert f"to do, {longer.settings.n_iterations} iterations, in {longer.name}-2" in states[4]
     assert contents_of(tmp_path) == before
     assert not (tmp_path / "figures").exists()
 
