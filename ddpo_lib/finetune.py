@@ -291,7 +291,8 @@ def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
     learner, settings = training.learner, training.settings
     n, progress = settings.n_development, "development set" if parallel.is_main() else None
     seeds = development_seeds(training.seed, n)[parallel.share(n)]
-    prompts = (cycle(settings.prompts, n) or [])[parallel.share(n)] or None
+    every = cycle(settings.prompts, n)
+    prompts = every and every[parallel.share(n)]
     context = policy.encode(learner, prompts)
     options = {"seeds": seeds, "batch_size": settings.micro_batch, "progress": progress}
     x_T = sampler.noise(learner, seeds)

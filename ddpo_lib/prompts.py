@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ddpo_lib.settings import check_text
+
 
 def load(source: str | Path | Sequence[str], **slots: Sequence[str]) -> list[str]:
     """The prompts that a source names, each once.
@@ -55,8 +57,7 @@ def _article(text: str) -> str:
 
 def _checked(prompts: list[str]) -> list[str]:
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt {i}, {prompt!r}: must be a text that is not empty")
+        check_text(f"prompt {i}, {prompt!r}", prompt)
         if prompt in prompts[:i]:
             raise ValueError(f"prompt {prompt!r} comes twice")
     if not prompts:

@@ -44,12 +44,10 @@ def check_whole(name: str, value, low: int) -> None:
         raise ValueError(f"{name}={value!r}: must be a whole number from {low} up")
 
 
-def check_like(name: str, value, default) -> None:
-    """ValueError unless a parameter is of its default's kind: a seed, a count, a finite number."""
-    if type(default) is int or (name.startswith("n_") and value is not None):
-        check_whole(name, value, int(name != "seed"))
-    elif type(default) is float and not (type(value) in (int, float) and math.isfinite(value)):
-        raise ValueError(f"{name}={value!r}: must be a finite number")
+def check_text(title: str, value) -> None:
+    """ValueError, with the title of what it is, unless a value is a text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{title}: must be a text that is not empty")
 
 
 SPEED_ONLY = ("micro_batch", "gradient_checkpointing")
@@ -137,8 +135,7 @@ class Finetune:
     def _check_prompts(self) -> None:
         seen = set()
         for text in (*self.prompts, *self.unseen_prompts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"prompt {text!r}: must be a text that is not empty")
+            check_text(f"prompt {text!r}", text)
             if text in seen:
                 raise ValueError(f"prompt {text!r} stands twice in prompts and unseen_prompts")
             seen.add(text)

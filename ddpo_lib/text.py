@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpo_lib.settings import check_text
+
 
 @dataclass(frozen=True)
 class Context:
@@ -33,8 +35,7 @@ class Text:
         """ValueError for a prompt that is empty or longer than the encoder reads."""
         length = self.tokenizer.model_max_length
         for prompt in dict.fromkeys(prompts):
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(f"prompt {prompt!r}: must be a text that is not empty")
+            check_text(f"prompt {prompt!r}", prompt)
             if (n := len(self.tokenizer(prompt).input_ids)) > length:
                 said = f"prompt {prompt!r} has {n} tokens, the text encoder reads {length}"
                 raise ValueError(f"{said}: shorten it")

@@ -1,5 +1,6 @@
 """Tiny models, own rewards and throw-away folders that the tests share."""
 
+import json
 import os
 import sys
 import types
@@ -40,6 +41,22 @@ def new_policy():
                 up_block_types=("UpBlock2D",) * len(widths),
             ).eval()
         return Policy(unet, DDPMScheduler(1000, **scheduler), bf16)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def letter_tokenizer():
+    """A function of a folder: a CLIPTokenizer, written there, that knows letters and the comma."""
+    from transformers import CLIPTokenizer
+
+    def make(folder, **options):
+        letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [","]
+        words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+        vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+        vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary), str(merges), pad_token="<|endoftext|>", **options)
 
     return make
 

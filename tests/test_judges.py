@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ddpo_lib import encoders, judges, rewards
 from ddpo_lib.book import paths
@@ -35,20 +35,14 @@ def test_clip_alignment_is_the_cosine(images):
     assert not torch.allclose(reward(images, PROMPTS[::-1]), expected, atol=1e-4)
 
 
-def test_pick_score_is_the_scaled_cosine_of_a_clip_folder(images, tmp_path):
+def test_pick_score_is_the_scaled_cosine_of_a_clip_folder(images, tmp_path, letter_tokenizer):
     """On a folder as transformers writes it, with random weights."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), pad_token="<|endoftext|>"
-    )
+    tokenizer = letter_tokenizer(tmp_path)
     small = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "projection_dim": 8,
     }  # fmt: skip
-    text = small | {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1}
+    text = small | {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
     config = CLIPConfig(
         text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16},
         projection_dim=8,

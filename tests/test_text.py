@@ -20,23 +20,16 @@ PROMPTS = ("a cat", "a dog, red", "a cow")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, letter_tokenizer):
     """A StableDiffusionPipeline of 16x16 images with random weights, as diffusers writes it."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     home = tmp_path_factory.mktemp("sd")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [","]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    (home / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (home / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(home / "vocab.json"), str(home / "merges.txt"), model_max_length=16,
-        pad_token="<|endoftext|>",
-    )  # fmt: skip
+    tokenizer = letter_tokenizer(home, model_max_length=16)
     torch.manual_seed(0)
     encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
     ))  # fmt: skip

@@ -54,9 +54,9 @@ def images(profile: Profile) -> dict[str, np.ndarray]:
     and each task's first seed."""
     shown = {}
     for run in seeds.finished(profile):
-        before, after = results.sets(profile, run, eta=0.0)
-        shown.setdefault("pretrained", before[:N_SHOWN])
-        shown.setdefault(run.task, after[:N_SHOWN])
+        if run.task not in shown:
+            before, after = results.sets(profile, run, eta=0.0)
+            shown |= {"pretrained": before[:N_SHOWN], run.task: after[:N_SHOWN]}
     return shown
 
 

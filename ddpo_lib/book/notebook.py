@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.metadata
 import io
+import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from IPython.display import clear_output
 from ddpo_lib.book import batch, finetuning, profiles
 from ddpo_lib.book.figures import Page
 from ddpo_lib.book.profiles import Profile, Run
-from ddpo_lib.settings import check_like
+from ddpo_lib.settings import check_whole
 
 SHOWN = ("torch", "diffusers", "transformers", "open_clip_torch")
 
@@ -41,12 +42,20 @@ def begin(notebook: str) -> Page:
         raise ValueError(f"unknown policy {space['policy']!r}: {space['profile']} has {policies}")
     for name, node in batch.parameters(notebook).items():
         default = ast.literal_eval(node)
-        check_like(name, space.get(name, default), default)
+        _check_like(name, space.get(name, default), default)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     threads = torch.get_num_threads()
     print(f"Python {platform.python_version()}, {versions}; device: {device}, {threads} threads")
     return Page(notebook, space["profile"], {name: space[name] for name in known}, given)
+
+
+def _check_like(name: str, value, default) -> None:
+    """ValueError unless a parameter is of its default's kind: a seed, a count, a finite number."""
+    if type(default) is int or (name.startswith("n_") and value is not None):
+        check_whole(name, value, int(name != "seed"))
+    elif type(default) is float and not (type(value) in (int, float) and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r}: must be a finite number")
 
 
 def shorten(page: Page, **values) -> None:

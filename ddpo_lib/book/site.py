@@ -81,8 +81,9 @@ def artefacts() -> list[dict]:
 def gallery() -> str:
     """A page of all artefacts, by chapter, with what they were made from."""
     lines = ["# Gallery", "Every figure and table, and what it was made from. A click enlarges."]
+    made = artefacts()
     for title, first in CHAPTERS.items():
-        own = [entry for entry in artefacts() if entry["id"].split()[-1][0] in first]
+        own = [entry for entry in made if entry["id"].split()[-1][0] in first]
         lines += [f"## {title}"] * bool(own) + [line for entry in own for line in _shown(entry)]
     return "\n".join(lines)
 

@@ -53,21 +53,13 @@ def train_policy(
         num_train_timesteps=T, beta_schedule="linear", prediction_type="v_prediction"
     )
     optimizer = torch.optim.Adam(unet.parameters(), lr=learning_rate)
-    warmup = n_steps // 50 + 1
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, i / n_steps))),
-    )
+    schedule = warmed_cosine(optimizer, n_steps)
     average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
-    cumulative = scheduler.alphas_cumprod.sqrt().cumsum(0)
-    cumulative = cumulative / cumulative[-1]
     bar = tqdm(range(n_steps), desc="training the policy", unit="step")
     for step in bar:
         picks = torch.randint(len(pictures), (batch_size,), generator=generator)
         x_0 = to_tensor(pictures[picks.numpy()])
-        # One timestep from each of batch_size equally likely strata: less variance than without.
-        strata = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
-        t = torch.searchsorted(cumulative, strata / batch_size).clamp(max=T - 1)
+        t = draw_timesteps(scheduler, batch_size, generator)
         eps = torch.randn(x_0.shape, generator=generator)
         x_t, v = scheduler.add_noise(x_0, eps, t), scheduler.get_velocity(x_0, eps, t)
         x_t = x_t.to(device, memory_format=torch.channels_last)
@@ -85,3 +77,21 @@ def train_policy(
     average.copy_to(unet.parameters())
     unet = unet.to("cpu", memory_format=torch.contiguous_format)
     return DDPMPipeline(unet=unet, scheduler=scheduler)
+
+
+def warmed_cosine(optimizer, n_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The rate rises over a fiftieth of the steps, and falls to 0 by a cosine."""
+    warmup = n_steps // 50 + 1
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, i / n_steps))),
+    )
+
+
+def draw_timesteps(scheduler, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """n timesteps in proportion to sqrt(alpha_bar), see `train_policy`, (n,) int64: one from each
+    of n equally likely strata, which has less variance than without."""
+    cumulative = scheduler.alphas_cumprod.sqrt().cumsum(0)
+    cumulative = cumulative / cumulative[-1]
+    strata = torch.arange(n) + torch.rand(n, generator=generator)
+    return torch.searchsorted(cumulative, strata / n).clamp(max=len(cumulative) - 1)

@@ -1,6 +1,5 @@
 """Train a toy Stable Diffusion: an autoencoder, then text encoder and denoiser on its latents."""
 
-import math
 from pathlib import Path
 
 import diffusers
@@ -14,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpo_lib.toy.drawing import SIZE, to_tensor
 from ddpo_lib.toy.encoders import word_tokenizer
+from ddpo_lib.toy.policies import draw_timesteps, warmed_cosine
 from ddpo_lib.toy.training import DEVICE, DOMAINS, Drawn, fit
 
 AUTOENCODER_STEPS, DENOISER_STEPS = 2500, 4000
@@ -134,22 +134,15 @@ def train_denoiser(
     """
     weights = [*unet.parameters(), *encoder.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-4)
-    warmup = n_steps // 50 + 1
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, i / n_steps))),
-    )
+    schedule = warmed_cosine(optimizer, n_steps)
     average = EMAModel(weights, decay=0.999, use_ema_warmup=True, power=0.75)
-    cumulative = scheduler.alphas_cumprod.sqrt().cumsum(0)
-    cumulative = cumulative / cumulative[-1]
     bar = tqdm(range(n_steps), desc="training the text-to-image policy", unit="step")
     for step in bar:
         picks = torch.randint(len(latents), (batch_size,))
         words = tokens[torch.randint(len(tokens), (batch_size,)), picks]
         words[torch.rand(batch_size) < DROPPED] = empty
         x_0, eps = latents[picks], torch.randn(batch_size, *latents.shape[1:])
-        strata = (torch.arange(batch_size) + torch.rand(batch_size)) / batch_size
-        t = torch.searchsorted(cumulative, strata).clamp(max=len(cumulative) - 1)
+        t = draw_timesteps(scheduler, batch_size)
         x_t, v = scheduler.add_noise(x_0, eps, t), scheduler.get_velocity(x_0, eps, t)
         with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             told = encoder(words.to(DEVICE))[0]
