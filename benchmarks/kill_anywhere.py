@@ -22,35 +22,36 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from ddpo_lib import runs
-
-RUN = """
-import sys, torch
-from diffusers import DDPMScheduler, UNet2DModel
-from ddpo_lib import policy
+from ddpo_lib import policy, runs
 from ddpo_lib.finetune import finetune
 from ddpo_lib.objectives import ddpo
 from ddpo_lib.settings import Finetune
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-unet = UNet2DModel(8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
-tiny = policy.Policy(unet.eval(), DDPMScheduler(1000))
 
-def brightness(images):
+def finetune_tiny(home: Path, n_iterations: int) -> None:
+    """Finetune a tiny policy with random weights, seconds; print "begun" first."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(
+        8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks
+    )
+    tiny = policy.Policy(unet.eval(), DDPMScheduler(1000))
+    settings = Finetune(
+        n_iterations=n_iterations, n_samples=8, minibatch_size=4, n_steps=5, n_development=4,
+        learning_rate=1e-4, lr_schedule="warmup_cosine", peak_learning_rate=1e-3,
+    )  # fmt: skip
+    print("begun", flush=True)
+    finetune(tiny, brightness, "ddpo", settings, home, seed=1,
+             objective_settings=ddpo.Settings(clip_range=1e-2))  # fmt: skip
+
+
+def brightness(images: torch.Tensor) -> torch.Tensor:
     return images.mean((1, 2, 3))
-
-settings = Finetune(
-    n_iterations=int(sys.argv[2]), n_samples=8, minibatch_size=4, n_steps=5, n_development=4,
-    learning_rate=1e-4, lr_schedule="warmup_cosine", peak_learning_rate=1e-3,
-)
-print("begun", flush=True)
-finetune(tiny, brightness, "ddpo", settings, sys.argv[1], seed=1,
-         objective_settings=ddpo.Settings(clip_range=1e-2))
-"""
 
 
 def main() -> None:
@@ -95,10 +96,10 @@ def main() -> None:
 
 def start(home: Path, iterations: int) -> subprocess.Popen:
     """The process, once it has imported everything."""
+    program = "import sys, kill_anywhere as k; k.finetune_tiny(sys.argv[1], int(sys.argv[2]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, home, str(iterations)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program, home, str(iterations)], cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     process.stdout.readline()
     return process

@@ -25,7 +25,7 @@ def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: 
             learned = [(name, p) for name, p in helpers.named_parameters() if p.requires_grad]
             weights = {name: p.detach().contiguous() for name, p in learned}
             save_file(weights, draft / "helpers.safetensors")
-        sums = {f.relative_to(draft).as_posix(): runs.sha256(f) for f in draft.rglob("*.*")}
+        sums = {f.relative_to(draft).as_posix(): runs.sha256(f) for f in sorted(draft.rglob("*.*"))}
         runs.write_json(draft / "state.json", {"iterations_done": iterations_done, "sha256": sums})
 
 

@@ -228,7 +228,8 @@ def _run(training: Training, home: Path, on_iteration) -> None:
         checkpoints.restore_learner(home, training.learner)
         checkpoints.restore(home, training.optimizer, training.helpers)
     if main:
-        runs.drop_after(home, done if resumed else -1)
+        with runs.explained(home):
+            runs.drop_after(home, done if resumed else -1)
     if not resumed:
         _keep(training, home, {"iteration": 0}, {})
     todo = range(done + 1, settings.n_iterations + 1)
@@ -272,8 +273,10 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
             row[f"{name}_vendi"] = diversity.vendi_score(training.embed(pictures))
     if start is not None:
         row["seconds"] = round(time.perf_counter() - start, 2)
-    if parallel.is_main():
-        checkpoints.check_finite(learner)
+    if not parallel.is_main():
+        return row
+    checkpoints.check_finite(learner)
+    with runs.explained(home):
         runs.save_development(home, iteration, sets)
         runs.append_metrics(home, row | lists)
         reward = row[f"{settings.select_by}_reward"]

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from ddpo_lib.settings import Finetune
 
@@ -135,7 +136,7 @@ def hold(home: Path, wait: bool = True) -> Iterator[None]:
     RuntimeError if another process has it and `wait` is false."""
     from filelock import FileLock, Timeout
 
-    with _explained(home):
+    with explained(home):
         home.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(home.with_name(f".{home.name}.lock"))
         try:
@@ -153,7 +154,7 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
     """Make the run's folder, or return to it. ValueError if it holds something else: another run,
     a longer one, or no run at all; OSError if it cannot be written."""
     file = home / "settings.json"
-    with _explained(home):
+    with explained(home):
         home.mkdir(parents=True, exist_ok=True)
     if file.exists():
         try:
@@ -168,9 +169,12 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
             raise ValueError(f"{more}: give another folder")
     elif any(not entry.name.startswith(".") for entry in home.iterdir()):
         raise ValueError(f"{home} is not empty, and no run: settings.json is missing")
-    with _explained(home):
+    with explained(home):
         write_json(file, {"identity": identity, "settings": dataclasses.asdict(settings)})
         (home / "development").mkdir(exist_ok=True)
+        for name in (".*-settings.json", ".*-metrics.jsonl", "development/.*"):
+            for draft in home.glob(name):  # of a process that was killed while it wrote
+                draft.unlink()
         for target in (home / "last", home / "best"):
             old = target.with_name(target.name + ".previous")
             if old.exists() and not target.exists():  # a crash between `replacing_folder`'s renames
@@ -208,6 +212,18 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def explained(home: Path) -> Iterator[None]:
+    """Turn an error of the disk into an OSError that says which folder it concerns, what is safe
+    and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        advice = "Make it writable, free some space, or give another folder"
+        safe = "what it holds is safe, and the next start goes on with it"
+        raise OSError(f"cannot write the run's folder {home}: {error}. {advice}; {safe}") from error
+
+
 def _to_disk(path: Path) -> None:
     """Wait until a file, or which files a folder has, would survive a power cut."""
     if path.is_file() or os.name == "posix":  # elsewhere folders cannot be opened
@@ -241,13 +257,3 @@ def _flat(content: dict, prefix: str = "") -> dict:
 
 def _development_files(home: Path) -> list[Path]:
     return sorted((home / "development").glob("[0-9]*.npz"), key=lambda file: int(file.stem))
-
-
-@contextlib.contextmanager
-def _explained(home: Path) -> Iterator[None]:
-    """Say of an error of the disk which folder it concerns and what to do."""
-    try:
-        yield
-    except OSError as error:
-        advice = "make it writable, free some space, or give another folder"
-        raise OSError(f"cannot write the run's folder {home}: {error}; {advice}") from error

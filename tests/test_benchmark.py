@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,20 @@ def test_iteration_is_timed_and_the_gradients_agree(benchmark):
 def test_finetuning_killed_at_random_moments_is_the_same_to_the_bit(benchmark):
     result = benchmark("kill_anywhere", "--kills", "5", "--iterations", "40")
     assert result["kills"] == 5 and result["bit_for_bit"]
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize("kind", ["kill", "torn", "full", "read_only"])
+def test_finetuning_that_meets_faults_of_the_disk_goes_on_to_the_bit(benchmark, kind):
+    """At a few of its changes here; at all of them by the script itself."""
+    result = benchmark("disk_faults", "--kinds", kind, "--every", "90")
+    assert result["faults"] >= 2 and result["ended_it"] >= 2 and not result["wrong"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.getuid(), reason="mounts an image: Linux, root")
+def test_power_cut_leaves_no_empty_file_and_the_finetuning_goes_on(benchmark):
+    assert not benchmark("disk_faults", "--kinds", "power_cut")["wrong"]
 
 
 def test_fidelity_is_measured(benchmark):
