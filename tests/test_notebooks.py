@@ -154,6 +154,20 @@ def test_chapters_2_and_3_ask_answer_and_solve(name):
         assert re.search(r"^ *assert ", cell.source, re.MULTILINE)
 
 
+def test_every_equation_of_the_thesis_has_its_place():
+    """As a numbered formula of a notebook, in a docstring, or in docs/fidelity.md."""
+    cells = [cell.source for name in NOTEBOOKS for cell in read(name).cells]
+    tags = ", ".join(re.findall(r"\\tag\{([^}]*)\}", "\n".join(cells)))
+    library = [file.read_text() for file in (paths.ROOT / "ddpo_lib").rglob("*.py")]
+    named = ", ".join(re.findall(r"[Ee]quations? (\d\.\d+)", "\n".join(library)))
+    fidelity = (paths.ROOT / "docs/fidelity.md").read_text()
+    refused = ", ".join(re.findall(r"\((\d\.\d+)\)", fidelity))
+    chapters = {2: range(4, 29), 3: range(1, 26), 4: range(1, 6)}
+    wanted = [f"{chapter}.{n}" for chapter, numbers in chapters.items() for n in numbers]
+    found = set(re.findall(r"\d\.\d+", f"{tags} {named} {refused}"))
+    assert not [number for number in wanted if number not in found]
+
+
 def test_finetune_notebook_takes_every_setting():
     own = {"profile", "policy", "task", "seed"}
     settings = {field.name for kind in SETTINGS for field in dataclasses.fields(kind)}
