@@ -10,21 +10,14 @@ INSTALLED := .venv/installed
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-# Snakemake's own lock outlives a kill and would block the next start, so it is off. What must never
-# happen twice at once, the finetuning of one run, takes a lock that dies with its process.
 reproduce: $(INSTALLED) ## every figure and table; PROFILE=toy, CORES=all of them
-	@$(VENV)/python -m ddpo_lib.book.batch plan $(PROFILE) --cores $(CORES)
-	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
-		--nolock --rerun-incomplete --keep-going --quiet host || \
-		{ $(VENV)/python -m ddpo_lib.book.batch missing $(PROFILE); exit 1; }
-	@$(VENV)/python -m ddpo_lib.book.batch report $(PROFILE)
+	@$(VENV)/python -m ddpo_lib.book.reproduce $(PROFILE) --cores $(CORES)
 
 seeds: $(INSTALLED) ## five seeds of every task, hours; their tables go to data/seeds
-	@PATH="$(CURDIR)/$(VENV):$$PATH" snakemake --cores $(CORES) --config profile=$(PROFILE) \
-		--nolock --rerun-incomplete --keep-going --quiet host -- seeds
+	@$(VENV)/python -m ddpo_lib.book.reproduce $(PROFILE) --cores $(CORES) --seeds
 
-methods: ## every method on one problem, hours; its table goes to data/seeds/methods
-	@$(MAKE) --no-print-directory seeds PROFILE=methods
+methods: $(INSTALLED) ## every method on one problem, hours; its table goes to data/seeds/methods
+	@$(VENV)/python -m ddpo_lib.book.reproduce methods --cores $(CORES) --seeds
 
 book: $(INSTALLED) ## the notebooks as a site, with a gallery: book/index.html
 	@$(VENV)/python -m ddpo_lib.book.site

@@ -51,8 +51,9 @@ def contents() -> dict[str, Notebook]:
     return {name: Notebook(**entry) for name, entry in yaml.load(text, profiles.Loader).items()}
 
 
-def plan(profile_name: str, cores: int) -> str:
-    """What is done, what is to do, and about how long it will take. Changes nothing.
+def plan(profile_name: str, cores: int, every_seed: bool = False) -> str:
+    """What is done, what is to do, and about how long it will take; with every seed of the
+    finetunings alone. Changes nothing.
 
     ValueError for what would fail later: no such profile, an impossible setting, a missing
     notebook, a parameter that a notebook does not have, about which papermill only warns.
@@ -64,8 +65,10 @@ def plan(profile_name: str, cores: int) -> str:
         known = sorted(parameters(name))
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"{name}: unknown parameter {unknown}; its cell has {known}")
-    batch, missing = profile.batch(), []
-    lines = [f"Profile {profile.name}: {len(batch)} finetunings and {len(notebooks)} notebooks"]
+    batch, missing = profile.batch(every_seed), []
+    notebooks = {} if every_seed else notebooks
+    more = "" if every_seed else f" and {len(notebooks)} notebooks"
+    lines = [f"Profile {profile.name}: {len(batch)} finetunings{more}"]
     for run in batch:
         home, done = finetuning.home(run).name, finetuning.iterations_done(run)
         state, n = "done", f"{run.settings.n_iterations} iterations"
@@ -74,7 +77,7 @@ def plan(profile_name: str, cores: int) -> str:
             state = f"goes on after {done} of {n}" if done else f"to do, {n}"
         aside = "" if home == run.name else f", in {home}, beside another run of this name"
         lines.append(f"  {run.name:<32} {state}{aside}")
-    last = "Every finetuning is done; notebooks run only where something has changed."
+    last = "Every finetuning is done; what is made of them is made again where it has changed."
     if missing and profile.is_toy:
         minutes = seconds(profile, missing, notebooks, cores) / 60
         last = f"This will take about {minutes:.0f} minutes on {cores} cores like a laptop's. "
