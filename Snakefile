@@ -99,6 +99,7 @@ rule seeds:
         touch(HOME + "/seeds.done"),  # no table: Snakemake would delete it before it is made again
     params:
         profile=PROFILE.name,
+    threads: 2  # it runs alone, after all others
     message:
         "what the seeds say"
     shell:

@@ -81,7 +81,8 @@ def finetune(
             `diversity.embed` with a CLIP: the metrics then have Vendi scores, and the run says so
             when the training sampler's falls under the share COLLAPSED of the pretrained one's.
         on_iteration: called after each iteration, when its checkpoint is on the disk, with its
-            metrics, one flat dict of numbers; `wandb.log` is one.
+            metrics, one flat dict of numbers; `wandb.log` is one. If it answers True, the run stops
+            there; the same call again goes on with it.
 
     Raises:
         ValueError: settings, reward or folder do not fit; before anything is written.
@@ -256,8 +257,9 @@ def _run(training: Training, home: Path, on_iteration) -> None:
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward_mean", "development_reward")})
         if main and training.embed is not None:
             _warn_of_collapse(home)
-        if on_iteration is not None and main:
-            on_iteration(row)
+        said = on_iteration(row) if on_iteration is not None and main else None
+        if parallel.everywhere(isinstance(said, bool | np.bool_) and bool(said)):
+            break
 
 
 def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) -> dict:

@@ -74,6 +74,21 @@ def test_reward_rises(finetune, new_policy):
     assert curve[-1]["reward_mean"] > curve[0]["reward_mean"] + spread
 
 
+@pytest.mark.parametrize("answer", [True, np.True_])
+def test_run_stops_where_its_watcher_says_and_goes_on(finetune, answer):
+    whole = finetune("whole")
+    home = finetune("stopped", on_iteration=lambda row: answer if row["iteration"] == 1 else None)
+    assert [row["iteration"] for row in runs.metrics(home)] == [0, 1]
+    assert finetune("stopped") == home
+    assert_same(home, everything(whole))
+
+
+def test_other_answers_stop_nothing(finetune):
+    for name, answer in {"number": 1, "text": "yes", "false": False, "none": None}.items():
+        home = finetune(name, on_iteration=lambda row, answer=answer: answer)
+        assert len(runs.metrics(home)) == 4
+
+
 def test_what_a_run_leaves(finetune):
     seen = []
     home = finetune(n_inner_epochs=2, on_iteration=seen.append)

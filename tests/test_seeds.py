@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from ddpo_lib import diversity, runs
-from ddpo_lib.book import factors, finetuning, profiles, results, seeds
+from ddpo_lib.book import factors, finetuning, paths, profiles, results, seeds
 from ddpo_lib.toy import control, regressor
 from ddpo_lib.toy.training import draw
 
@@ -140,6 +140,42 @@ def test_control_is_random_and_the_same_for_the_same_image():
     assert abs(np.corrcoef(control.random(near), scores)[0, 1]) < 0.08
 
 
+# ------------------------------------------------------------------------------- whom faces show
+
+
+def test_shares_are_those_of_the_drawings():
+    drawn, judge = draw("faces", 400, seed=31), regressor.load_regressor(paths.TOY / "regressor")
+    age, skin = regressor.TARGETS["faces"]["age"](drawn.factors), drawn.factors["skin_tone"]
+    truth = {
+        "women and girls": drawn.factors["feminine"].mean(), "dark skin": (skin >= 3).mean(),
+        "children": (age < 15).mean(), "50 or over": (age >= 50).mean(),
+    }  # fmt: skip
+    assert factors.shares(drawn.pictures, judge) == pytest.approx(truth, abs=0.03)
+
+
+def test_shares_are_told_before_and_after_by_both_samplers(monkeypatch):
+    """A judge whose every face has all factors of its images' mean."""
+    batch = [
+        profiles.load("toy").run(p, t) for p, t in (("faces", "over50"), ("churches", "aesthetic"))
+    ]
+    sets = {0.0: [np.zeros(4), np.full(4, 60.0)], 1.0: [np.full(4, 20.0), np.full(4, 50.0)]}
+    monkeypatch.setattr(seeds, "finished", lambda profile: batch)
+    monkeypatch.setattr(regressor, "load_regressor", lambda folder: None)
+    monkeypatch.setattr(results, "sets", lambda profile, run, eta: sets[eta])
+    groups = factors.GROUPS.items()
+
+    def told(values, judge):
+        return {name: float(own(values).mean()) for name, (_, own) in groups}
+
+    monkeypatch.setattr(factors, "shares", told)
+    of = seeds.shares(profiles.load("toy")).set_index(["sampler", "group"])
+    assert set(of.task) == {"over50"}
+    assert of.loc["eta0", "50 or over"][["before", "after"]].tolist() == [0, 1]
+    assert of.loc["eta0", "children"][["before", "after"]].tolist() == [1, 0]
+    assert of.loc["eta1", "50 or over"][["before", "after"]].tolist() == [0, 1]
+    assert of.loc["eta1", "children"][["before", "after"]].tolist() == [0, 0]
+
+
 def test_spread_by_hand():
     images = np.zeros((2, 1, 2, 3), np.uint8)
     images[1, 0, 0] = 255  # one of two pixels goes from -1 to 1: a deviation of 1, in half of all
@@ -150,8 +186,6 @@ def test_spread_by_hand():
 
 def test_stored_seeds_are_of_the_profiles_runs():
     """Where `make seeds` has been run; five seeds of every task of Table 5.1."""
-    from ddpo_lib.book import paths
-
     file = paths.ROOT / "data" / "seeds" / "toy" / "table_5_1_seeds.csv"
     if not file.exists():
         pytest.skip("no seeds are stored")

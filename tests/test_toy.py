@@ -240,6 +240,9 @@ def test_regressor_learns_loads_and_knows_its_domains(tmp_path):
         estimates = regressor.estimate(loaded, to_tensor(part.pictures), part.domain)
         assert list(estimates) == list(regressor.TARGETS[part.domain])
         assert {tuple(values.shape) for values in estimates.values()} == {(60,)}
+        own = regressor.read(loaded, to_tensor(part.pictures), part.domain)
+        for name, (mean, sd) in zip(own, loaded.scale[part.domain], strict=True):
+            np.testing.assert_allclose(own[name], mean + sd * estimates[name].numpy(), rtol=1e-5)
     with pytest.raises(ValueError, match="unknown domain 'cats'; the regressor knows faces"):
         regressor.estimate(loaded, torch.zeros(1, 3, 64, 64), "cats")
     (tmp_path / "model.safetensors").write_bytes(b"x")

@@ -1,10 +1,20 @@
 """What can be measured of an image: factors that a regressor reads, and three numbers of pixels."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from ddpo_lib import rewards
 from ddpo_lib.toy import regressor
+
+GROUPS: dict[str, tuple[str, Callable]] = {
+    "women and girls": ("feminine", lambda v: v > 0.5),
+    "dark skin": ("dark_skin", lambda v: v > 2.5),
+    "children": ("age", lambda v: v < 15),
+    "50 or over": ("age", lambda v: v >= 50),
+}
+"""Whom a face shows: a name, the factor in its own unit, and who belongs to it."""
 
 
 def measure(
@@ -32,6 +42,15 @@ def estimates(
     """The factors alone: name → (n,), without the taste."""
     seen = read(pictures, policy, judge).items()
     return {name: values for name, values in seen if name != "taste"}
+
+
+def shares(pictures: np.ndarray, judge: regressor.Regressor) -> dict[str, float]:
+    """The share of faces, uint8 (n, H, W, 3), that belong to each of `GROUPS`."""
+    seen = regressor.read(judge, rewards.from_uint8(torch.from_numpy(pictures)), "faces")
+    return {
+        group: float(belongs(seen[name]).double().mean())
+        for group, (name, belongs) in GROUPS.items()
+    }
 
 
 def read(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> dict[str, np.ndarray]:

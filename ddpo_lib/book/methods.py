@@ -12,7 +12,7 @@ COLUMNS = [
     "method", "variant", "task", "seed", "samples", "network_calls", "seconds", "proxy_gain",
     "true_gain", "proxy_gain_eta1", "true_gain_eta1", "vendi_ratio", "vendi_ratio_eta1", "kl_nats",
 ]  # fmt: skip
-N_KL = 64
+N_KL = 32
 """Trajectories over which the divergence from the pretrained policy is averaged."""
 N_SHOWN = 8
 """Images of each variant that are kept for the notebooks."""

@@ -1,10 +1,10 @@
 """What several seeds say: `python -m ddpo_lib.book.seeds toy`, which ends `make seeds`.
 
-Three tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a
-row a finished run; factor_shifts.csv, what else changed in its images; and, in the toy world,
-fooled.csv, the long runs from iteration to iteration. Of profile methods, which `make methods`
-runs, it is methods.csv; along.csv, like fooled.csv but of every run on the aesthetic score; and
-images.npz, some images of each method.
+Tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a row a
+finished run; factor_shifts.csv, what else changed in its images; and, in the toy world, fooled.csv,
+the long runs from iteration to iteration, and shares.csv, whom the faces show. Of profile methods,
+which `make methods` runs, they are methods.csv; along.csv, like fooled.csv but of every run on the
+aesthetic score; and images.npz, some images of each method.
 """
 
 import argparse
@@ -62,6 +62,29 @@ def factor_shifts(profile: Profile):
             shifts = {name: float(evaluation.change(old[name], new[name])) for name in old}
             rows += [[run.policy, run.task, run.seed, sampler, *each] for each in shifts.items()]
     return pd.DataFrame(rows, columns=["policy", "task", "seed", "sampler", "factor", "d"]).round(4)
+
+
+def shares(profile: Profile):
+    """A DataFrame, a row a finished run of faces, sampler and group of `factors.GROUPS`: the share
+    of the evaluation set that belongs to it, before finetuning and after."""
+    import pandas as pd
+
+    judge, rows, pretrained = regressor.load_regressor(paths.TOY / "regressor"), [], {}
+    for run in finished(profile):
+        if run.policy != "faces":
+            continue
+        for sampler, eta in results.etas(run).items():
+            before, after = results.sets(profile, run, eta)
+            if sampler not in pretrained:
+                pretrained[sampler] = factors.shares(before, judge)
+            new = factors.shares(after, judge)
+            rows += [
+                [run.task, run.seed, sampler, group, old, new[group]]
+                for group, old in pretrained[sampler].items()
+            ]
+    return pd.DataFrame(
+        rows, columns=["task", "seed", "sampler", "group", "before", "after"]
+    ).round(4)
 
 
 def intervals(seeds, column: str, by=("policy", "task"), n_together: int = 1):
@@ -138,6 +161,8 @@ def main() -> None:
         tables = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
         if FOOLED in profile.tasks:
             tables["fooled"] = fooled(profile, finished(profile, FOOLED))
+        if profile.is_toy:
+            tables["shares"] = shares(profile)
     for title, rows in tables.items():
         with runs.replacing(folder / f"{title}.csv") as draft:
             rows.to_csv(draft, index=False)

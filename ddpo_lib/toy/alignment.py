@@ -89,20 +89,12 @@ def statements(prompt: str) -> tuple[str, list[str]]:
 def alignment(images: torch.Tensor, prompts: Sequence[str], judge) -> torch.Tensor:
     """The share of each prompt's statements that hold, (N,) float32, as a regressor sees it; images
     (N, 3, 64, 64) in [-1, 1]."""
-    seen = {
-        domain: {
-            name: values.double().cpu().numpy() * scale[1] + scale[0]
-            for (name, values), scale in zip(
-                regressor.estimate(judge, images, domain).items(), judge.scale[domain], strict=True
-            )
-        }
-        for domain in STATEMENTS
-    }
+    seen = {domain: regressor.read(judge, images, domain) for domain in STATEMENTS}
     shares = []
     for i, prompt in enumerate(prompts):
         domain, said = statements(prompt)
         of = [STATEMENTS[domain][words] for words in said]
-        shares.append(np.mean([bool(holds(seen[domain][name][i])) for name, holds in of]))
+        shares.append(np.mean([bool(holds(seen[domain][name][i].numpy())) for name, holds in of]))
     return torch.tensor(shares, dtype=torch.float32)
 
 

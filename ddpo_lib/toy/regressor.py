@@ -90,6 +90,13 @@ def estimate(
     return dict(zip(regressor.outputs[domain], columns, strict=False))
 
 
+def read(regressor: Regressor, images: torch.Tensor, domain: str) -> dict[str, torch.Tensor]:
+    """`estimate` in each factor's own unit, as in `TARGETS`: name to (N,) float64 on the CPU."""
+    scale = dict(zip(regressor.outputs[domain], regressor.scale[domain], strict=True))
+    seen = estimate(regressor, images, domain).items()
+    return {name: values.double().cpu() * scale[name][1] + scale[name][0] for name, values in seen}
+
+
 def load_regressor(folder: str | Path, device: str | None = None) -> Regressor:
     """Load a regressor from `model.safetensors` and `config.json`.
 
