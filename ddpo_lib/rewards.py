@@ -21,6 +21,7 @@ from ddpo_lib import encoders
 Reward = Callable[..., torch.Tensor]
 ENCODINGS = ("rescaled", "published")
 MODELS = {"aesthetic": ("clip", "aesthetic"), "over50": ("age",), "under30": ("age",)}
+MODELS |= {"clip_alignment": ("clip",)}
 """Learned reward → the models that it looks through."""
 
 
@@ -141,6 +142,10 @@ def load(name: str, models=None, device=None, jpeg_encoding: str = "rescaled") -
     if name == "aesthetic":
         clip = encoders.load_clip(models["clip"], device)
         return aesthetic(clip, encoders.load_aesthetic_head(models["aesthetic"], device))
+    if name == "clip_alignment":
+        from ddpo_lib import judges  # which builds on this module
+
+        return judges.clip_alignment(encoders.load_clip(models["clip"], device))
     if name in MODELS:
         classifier = encoders.load_age_classifier(models["age"], device)
         return over50(classifier) if name == "over50" else under30(classifier)

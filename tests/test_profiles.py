@@ -342,3 +342,16 @@ def test_published_policies_are_the_seven_of_table_5_1():
     assert thesis.published(thesis.run("faces", "aesthetic-low-lr")) is None
     toy = profiles.load("toy")
     assert all(toy.published(run) is None for run in toy.batch())
+
+
+def test_profile_sd_has_the_papers_prompts():
+    """45 animals, and each with three activities; eight samples of a prompt, four updates."""
+    runs = {run.task: run for run in profiles.load("sd").batch()}
+    assert {task: len(run.settings.prompts) for task, run in runs.items()} == {
+        "compressibility": 45, "incompressibility": 45, "aesthetic": 45, "alignment": 135,
+    }  # fmt: skip
+    assert "an ant washing dishes" in runs["alignment"].settings.prompts
+    for run in runs.values():
+        settings = run.settings
+        assert (run.guidance, settings.adapter_rank, settings.learning_rate) == (5, 4, 3e-4)
+        assert settings.n_updates == 4 * settings.n_iterations

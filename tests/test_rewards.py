@@ -141,13 +141,15 @@ def test_load_finds_models_by_their_names(monkeypatch):
     monkeypatch.setattr(encoders, "load_age_classifier", loader(CLASSIFIER))
     monkeypatch.setattr(encoders, "load_clip", loader(CLIP))
     monkeypatch.setattr(encoders, "load_aesthetic_head", loader(encoders.AestheticHead(3)))
+    monkeypatch.setattr(encoders, "embed_texts", lambda clip, texts: torch.ones(len(texts), 3))
     sources = {"clip": "some/clip", "aesthetic": "some/head", "age": "some/age"}
     for name, models in rewards.MODELS.items():
         asked.clear()
         reward = rewards.load(name, sources, "cpu")
         assert asked == [(f"some/{'head' if m == 'aesthetic' else m}", "cpu") for m in models]
         assert rewards.name(reward) == name
-        assert reward(images_of()).shape == (4,)
+        prompts = (["a cat"] * 4,) if rewards.needs_prompts(reward) else ()
+        assert reward(images_of(), *prompts).shape == (4,)
         with pytest.raises(ValueError, match=rf"{name}.*: name a source of \['{models[-1]}'\]"):
             rewards.load(name, {**sources, models[-1]: ""})
         with pytest.raises(ValueError, match="name a source of"):
