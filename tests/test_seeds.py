@@ -184,6 +184,43 @@ def test_spread_by_hand():
     assert diversity.spread(images) == pytest.approx(diversity.spread(images[::-1]))
 
 
+def test_readme_has_the_numbers_of_the_methods():
+    stored = pd.read_csv(paths.ROOT / "data" / "seeds" / "methods" / "methods.csv")
+    stored = stored[stored.task == "aesthetic"]
+    told = {
+        name: seeds.intervals(stored, name, ["variant"]) for name in ("true_gain", "vendi_ratio")
+    }
+    means = stored.groupby("variant")[["kl_nats", "network_calls"]].mean()
+    calls = means.network_calls / means.network_calls["ddpo"]
+    text = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {
+        "`ddpo`": "ddpo", "`ddpo`, `kl_weight` 0.1": "ddpo-kl-mid", "`promise` (ours)": "promise",
+        "`promise`, `kl_weight` 0": "promise-free", "`tdpo`": "tdpo", "`dpok`": "dpok",
+        "`hrf`": "hrf", "`ddpo`, groups": "ddpo-groups", "`nft`": "nft",
+    }  # fmt: skip
+    for title, variant in rows.items():
+        cells = []
+        for (_, own), digits in zip(told.items(), (1, 2), strict=True):
+            mean, reach = own["mean"][variant], own.high[variant] - own["mean"][variant]
+            interval = f" ± {reach:.{digits}f}" if own.n[variant] > 2 else ""
+            cells.append(f"{mean:.{digits}f}{interval}")
+        nats = float(f"{means.kl_nats[variant]:.2g}")
+        row = f"| {title} | {cells[0]} | {cells[1]} | {nats:,.0f} | {round(calls[variant], 1):g} |"
+        assert row in text, row
+
+
+def test_stored_methods_are_of_the_profiles_runs():
+    """Every method raises its reward, by more than two standard errors of its sets."""
+    stored = pd.read_csv(paths.ROOT / "data" / "seeds" / "methods" / "methods.csv")
+    wanted = {(r.task, r.seed) for r in profiles.load("methods").batch(every_seed=True)}
+    assert set(zip(stored.variant, stored.seed, strict=True)) <= wanted
+    files = (paths.ROOT / "ddpo_lib" / "objectives").glob("[a-z]*.py")
+    assert set(stored.method) == {file.stem for file in files} - {"value"}
+    own = stored[stored.task == "aesthetic"].groupby("variant").proxy_gain.agg(["mean", "count"])
+    n = profiles.load("methods").evaluation.n  # images before, and as many after, of each seed
+    assert (own["mean"] > 2 * (2 / n / own["count"]) ** 0.5).all(), own
+
+
 def test_stored_seeds_are_of_the_profiles_runs():
     """Where `make seeds` has been run; five seeds of every task of Table 5.1."""
     file = paths.ROOT / "data" / "seeds" / "toy" / "table_5_1_seeds.csv"
