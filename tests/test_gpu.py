@@ -127,6 +127,10 @@ def test_gpu_without_bfloat16_runs_in_float32():
 
 
 def test_evaluation_and_what_the_chapters_add_on_a_gpu():
+    def score(reward, images):
+        prompts = (["an old person"] * len(images),) if rewards.needs_prompts(reward) else ()
+        return reward(images, *prompts)
+
     def everything():
         agent = policy.load(paths.TOY / "faces", bf16=False)
         clip = encoders.load_clip(paths.TOY / "clip")
@@ -143,7 +147,7 @@ def test_evaluation_and_what_the_chapters_add_on_a_gpu():
             "denoised": sampler.denoised(agent, trajectory),
             "inverted": inversion.invert(agent, x_0, 4),
             "guided": sampler.sample(guided, x_T, 4),
-            **{name: rewards.load(name, models)(x_0) for name in rewards.REWARDS},
+            **{name: score(rewards.load(name, models), x_0) for name in rewards.REWARDS},
         }
 
     expected = everything()
