@@ -17,6 +17,7 @@ import psutil
 
 from ddpo_lib.book import batch, paths
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 PATIENCE = 15
 """Seconds in which what was asked to end may save what it has done."""
 
@@ -52,8 +53,8 @@ def snakemake(profile: str, cores: int, *target: str) -> list[str]:
 def run(command: list[str]) -> int:
     """Its exit status. KeyboardInterrupt, after all that it has started was ended, when a signal
     comes or the process that has started this one is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     parent = os.getppid()
     # In a session of its own, so that a Ctrl-C reaches it once, and from here.
@@ -82,8 +83,8 @@ def end(pid: int) -> None:
 
 
 def _interrupt(number, frame) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # once is enough
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # once is enough
     raise KeyboardInterrupt
 
 

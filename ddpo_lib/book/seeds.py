@@ -10,6 +10,7 @@ aesthetic score; and images.npz, some images of each method.
 import argparse
 import functools
 import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -51,16 +52,12 @@ def factor_shifts(profile: Profile):
     import pandas as pd
 
     judge = regressor.load_regressor(paths.TOY / "regressor") if profile.is_toy else None
-    rows, pretrained = [], {}
-    for run in finished(profile):
-        for sampler, eta in results.etas(run).items():
-            before, after = results.sets(profile, run, eta)
-            key = run.policy, run.settings.bf16, eta
-            if key not in pretrained:
-                pretrained[key] = factors.measure(before, run.policy, judge)
-            old, new = pretrained[key], factors.measure(after, run.policy, judge)
-            shifts = {name: float(evaluation.change(old[name], new[name])) for name in old}
-            rows += [[run.policy, run.task, run.seed, sampler, *each] for each in shifts.items()]
+    rows = []
+    for run, sampler, old, new in _before_and_after(
+        profile, finished(profile), lambda images, policy: factors.measure(images, policy, judge)
+    ):
+        shifts = {name: float(evaluation.change(old[name], new[name])) for name in old}
+        rows += [[run.policy, run.task, run.seed, sampler, *each] for each in shifts.items()]
     return pd.DataFrame(rows, columns=["policy", "task", "seed", "sampler", "factor", "d"]).round(4)
 
 
@@ -69,22 +66,28 @@ def shares(profile: Profile):
     of the evaluation set that belongs to it, before finetuning and after."""
     import pandas as pd
 
-    judge, rows, pretrained = regressor.load_regressor(paths.TOY / "regressor"), [], {}
-    for run in finished(profile):
-        if run.policy != "faces":
-            continue
-        for sampler, eta in results.etas(run).items():
-            before, after = results.sets(profile, run, eta)
-            if sampler not in pretrained:
-                pretrained[sampler] = factors.shares(before, judge)
-            new = factors.shares(after, judge)
-            rows += [
-                [run.task, run.seed, sampler, group, old, new[group]]
-                for group, old in pretrained[sampler].items()
-            ]
+    judge, rows = regressor.load_regressor(paths.TOY / "regressor"), []
+    faces = [run for run in finished(profile) if run.policy == "faces"]
+    for run, sampler, old, new in _before_and_after(
+        profile, faces, lambda images, _: factors.shares(images, judge)
+    ):
+        rows += [[run.task, run.seed, sampler, name, old[name], new[name]] for name in old]
     return pd.DataFrame(
         rows, columns=["task", "seed", "sampler", "group", "before", "after"]
     ).round(4)
+
+
+def _before_and_after(profile: Profile, of: list[Run], view: Callable) -> Iterator[tuple]:
+    """(run, sampler, before, after) of each run and sampler: what the view, a function of images
+    and the policy's name, makes of the evaluation set; of a pretrained policy's once."""
+    pretrained = {}
+    for run in of:
+        for sampler, eta in results.etas(run).items():
+            before, after = results.sets(profile, run, eta)
+            key = run.policy, run.settings.bf16, eta
+            if key not in pretrained:
+                pretrained[key] = view(before, run.policy)
+            yield run, sampler, pretrained[key], view(after, run.policy)
 
 
 def intervals(seeds, column: str, by=("policy", "task"), n_together: int = 1):

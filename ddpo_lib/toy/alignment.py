@@ -15,7 +15,7 @@ import torch
 from ddpo_lib.toy import regressor
 from ddpo_lib.toy.make import TOY
 
-Holds = Callable[[np.ndarray], np.ndarray]
+Holds = Callable[[torch.Tensor], torch.Tensor]
 
 STATEMENTS: dict[str, dict[str, tuple[str, Holds]]] = {
     "faces": {
@@ -94,7 +94,7 @@ def alignment(images: torch.Tensor, prompts: Sequence[str], judge) -> torch.Tens
     for i, prompt in enumerate(prompts):
         domain, said = statements(prompt)
         of = [STATEMENTS[domain][words] for words in said]
-        shares.append(np.mean([bool(holds(seen[domain][name][i].numpy())) for name, holds in of]))
+        shares.append(np.mean([bool(holds(seen[domain][name][i])) for name, holds in of]))
     return torch.tensor(shares, dtype=torch.float32)
 
 
