@@ -39,8 +39,8 @@ def started(tmp_path):
     recipe = f"run:\n\t@{sys.executable} {tmp_path}/recipe.py {tmp_path}/batch.py\n"
     (tmp_path / "Makefile").write_text(recipe)
     make = subprocess.Popen(
-        ["make", "-f", tmp_path / "Makefile", "run"], cwd=paths.ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        ["make", "--no-print-directory", "-f", tmp_path / "Makefile", "run"], cwd=paths.ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     pids = [int(pid) for pid in make.stdout.readline().split()]
     assert len(pids) == 3 and all(map(psutil.pid_exists, pids))
