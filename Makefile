@@ -5,7 +5,7 @@ CORES ?= $(shell command -v nvidia-smi > /dev/null && echo 1 || $(PYTHON) -c 'im
 VENV := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help reproduce seeds methods book test lab bench toy
+.PHONY: help reproduce seeds methods text book test lab bench toy
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -18,6 +18,9 @@ seeds: $(INSTALLED) ## five seeds of every task, hours; their tables go to data/
 
 methods: $(INSTALLED) ## every method on one problem, hours; its table goes to data/seeds/methods
 	@$(VENV)/python -m ddpo_lib.book.reproduce methods --cores $(CORES) --seeds
+
+text: $(INSTALLED) ## text-to-image, an hour and more; its tables go to data/seeds/text
+	@$(VENV)/python -m ddpo_lib.book.reproduce text --cores $(CORES) --seeds
 
 book: $(INSTALLED) ## the notebooks as a site, with a gallery: book/index.html
 	@$(VENV)/python -m ddpo_lib.book.site

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpo_lib import diversity, runs
+from ddpo_lib import diversity, encoders, rewards, runs
 from ddpo_lib.book import factors, finetuning, paths, profiles, results, seeds
-from ddpo_lib.toy import control, regressor
+from ddpo_lib.toy import aesthetic, biased, control, regressor
+from ddpo_lib.toy.drawing import to_tensor
 from ddpo_lib.toy.training import draw
 
 
@@ -174,6 +175,31 @@ def test_shares_are_told_before_and_after_by_both_samplers(monkeypatch):
     assert of.loc["eta0", "children"][["before", "after"]].tolist() == [1, 0]
     assert of.loc["eta1", "50 or over"][["before", "after"]].tolist() == [0, 1]
     assert of.loc["eta1", "children"][["before", "after"]].tolist() == [0, 0]
+
+
+def test_biased_rater_chooses_light_skin_as_often_as_said():
+    drawn = draw("faces", 200, seed=32)
+    light = drawn.factors["skin_tone"] < 3
+    favour = biased.tastes(drawn) - drawn.taste
+    assert (favour[~light] == 0).all() and np.ptp(favour[light]) < 1e-12
+    many = np.full(200_000, favour[light][0])
+    chosen = aesthetic.rate(many, 0 * many, np.random.default_rng(0)).mean()
+    assert chosen == pytest.approx(biased.CHOSEN, abs=0.004)
+    churches = draw("churches", 20, seed=32)
+    np.testing.assert_array_equal(biased.tastes(churches), churches.taste)
+
+
+def test_biased_head_has_learned_it():
+    """Light faces score higher than the unbiased head has them, in its standard deviations."""
+    drawn, clip = draw("faces", 1000, seed=33), encoders.load_clip(paths.TOY / "clip")
+    light = drawn.factors["skin_tone"] < 3
+    images = to_tensor(drawn.pictures)
+    unbiased = rewards.aesthetic(clip, encoders.load_aesthetic_head(paths.TOY / "aesthetic"))
+    gaps = []
+    for score in (unbiased, biased.score):
+        values = score(images).numpy()
+        gaps.append((values[light].mean() - values[~light].mean()) / values.std(ddof=1))
+    assert gaps[1] - gaps[0] > 0.1
 
 
 def test_spread_by_hand():

@@ -18,6 +18,14 @@ N_SHOWN = 8
 """Images of each variant that are kept for the notebooks."""
 
 
+def tables(profile: Profile) -> dict:
+    """What `make methods` leaves in data/seeds/methods: `table`, curves like `seeds.fooled`'s of
+    every run on the aesthetic score, and `images`."""
+    aesthetic = [run for run in seeds.finished(profile) if run.reward == "aesthetic"]
+    curves = seeds.fooled(profile, aesthetic)
+    return {"methods": table(profile), "along": curves, "images": images(profile)}
+
+
 def table(profile: Profile):
     """A DataFrame of `COLUMNS`. Gains are in standard deviations of the pretrained policy's, of the
     reward that was optimised (proxy) and of the rater's taste as a regressor reads it (true);

@@ -2,9 +2,8 @@
 
 Tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a row a
 finished run; factor_shifts.csv, what else changed in its images; and, in the toy world, fooled.csv,
-the long runs from iteration to iteration, and shares.csv, whom the faces show. Of profile methods,
-which `make methods` runs, they are methods.csv; along.csv, like fooled.csv but of every run on the
-aesthetic score; and images.npz, some images of each method.
+the long runs from iteration to iteration, and shares.csv, whom the faces show. Those of profiles
+methods and text are made by the modules of these names.
 """
 
 import argparse
@@ -28,6 +27,14 @@ FOOLED_COLUMNS = [
 ]  # fmt: skip
 FOOLED = "aesthetic-fooled"
 """The task that is driven on until the learned reward and the true one part."""
+
+
+def tables(profile: Profile) -> dict:
+    """Name of a file → its DataFrame."""
+    made = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
+    if FOOLED in profile.tasks:
+        made["fooled"] = fooled(profile, finished(profile, FOOLED))
+    return made | ({"shares": shares(profile)} if profile.is_toy else {})
 
 
 def table(profile: Profile):
@@ -153,23 +160,16 @@ def main() -> None:
         sys.exit(f"Nothing was done: {error}")
     folder = paths.OUTPUT / "data" / "seeds" / name
     folder.mkdir(parents=True, exist_ok=True)
-    if name == "methods":
-        from ddpo_lib.book import methods  # which builds on this module
+    from ddpo_lib.book import methods, text  # which build on this module
 
-        aesthetic = [run for run in finished(profile) if run.reward == "aesthetic"]
-        tables = {"methods": methods.table(profile), "along": fooled(profile, aesthetic)}
-        with runs.replacing(folder / "images.npz") as draft:
-            np.savez_compressed(draft, **methods.images(profile))
-    else:
-        tables = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
-        if FOOLED in profile.tasks:
-            tables["fooled"] = fooled(profile, finished(profile, FOOLED))
-        if profile.is_toy:
-            tables["shares"] = shares(profile)
-    for title, rows in tables.items():
-        with runs.replacing(folder / f"{title}.csv") as draft:
-            rows.to_csv(draft, index=False)
-        print(f"{folder / title}.csv: {len(rows)} rows")
+    chapters = {"methods": methods.tables, "text": text.tables}
+    for title, rows in chapters.get(name, tables)(profile).items():
+        file = folder / f"{title}.{'npz' if isinstance(rows, dict) else 'csv'}"
+        with runs.replacing(file) as draft:
+            np.savez_compressed(draft, **rows) if isinstance(rows, dict) else rows.to_csv(
+                draft, index=False
+            )
+        print(f"{file}: {len(rows)} entries")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,15 @@ def bradley_terry_loss(preferred: torch.Tensor, other: torch.Tensor) -> torch.Te
 
 
 def train_aesthetic_head(
-    clip: Clip, drawn: list[Drawn], folder: Path, seed: int, n_steps: int = AESTHETIC_STEPS
+    clip: Clip,
+    drawn: list[Drawn],
+    tastes: list[np.ndarray],
+    folder: Path,
+    seed: int,
+    n_steps: int = AESTHETIC_STEPS,
 ) -> None:
-    """Train the head on frozen CLIP embeddings of pictures, in pairs within a domain, and save it.
+    """Train the head on frozen CLIP embeddings of pictures, in pairs within a domain, and save it;
+    tastes are the rater's, (N,) of each domain's pictures.
 
     Only differences of scores are learned. The last layer is shifted and scaled afterwards so that
     natural pictures score 5 +- 0.5, as photographs do on the 1 to 10 scale of LAION's head.
@@ -50,7 +56,6 @@ def train_aesthetic_head(
             torch.cat([embed_images(clip, augment(part)) for part in of.split(250)])
             for of in pictures
         ]
-    tastes = [part.taste for part in drawn]
     head = AestheticHead(clean[0].shape[1]).to(DEVICE)
 
     def loss() -> torch.Tensor:

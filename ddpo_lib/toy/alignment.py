@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ddpo_lib.toy import regressor
-from ddpo_lib.toy.make import TOY
+from ddpo_lib.toy.training import TOY
 
 Holds = Callable[[torch.Tensor], torch.Tensor]
 

@@ -117,7 +117,7 @@ def measure(
             for domain, drawn in held_out.items()
         }
     }
-    return _rounded(result)
+    return rounded(result)
 
 
 def distance(
@@ -233,8 +233,8 @@ def _embed(clip: Clip, pictures: np.ndarray) -> torch.Tensor:
         return embed_images(clip, to_tensor(pictures)).float()
 
 
-def _rounded(value):
+def rounded(value):
     """Plain floats of four digits all the way down, for JSON."""
     if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
+        return {name: rounded(inner) for name, inner in value.items()}
     return value if isinstance(value, int) else round(float(value), 4)

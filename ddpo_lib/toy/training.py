@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from ddpo_lib.toy import churches, faces
 from ddpo_lib.toy.drawing import to_tensor
 
+TOY = Path(__file__).resolve().parents[2] / "data" / "toy"
 DOMAINS: dict[str, ModuleType] = {"faces": faces, "churches": churches}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
