@@ -147,9 +147,15 @@ def test_committed_outputs_are_fit_to_read(name):
     assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 5e6  # a page of 64x64 images
 
 
-@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "23"])
-def test_chapters_2_and_3_ask_answer_and_solve(name):
-    """A question at the start and its answer at the end; for every exercise a folded solution."""
+UNSOLVED = {"00_quickstart", "50_finetune", "53_without_reinforcement_learning",
+            "80_claims_and_findings"}  # fmt: skip
+"""Without exercises, or with such as take a finetuning."""
+
+
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "234567"])
+def test_chapters_ask_answer_and_solve(name):
+    """A question at the start and its answer at the end; in chapters 2 and 3 every exercise has a
+    folded solution, in the others at least one."""
     notebook = read(name)
     assert "**Question.**" in notebook.cells[0].source
     prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown") + "\n"
@@ -157,7 +163,9 @@ def test_chapters_2_and_3_ask_answer_and_solve(name):
     assert parts == sorted(parts)
     exercises = re.findall(r"^[0-9]+\. ", prose[parts[0] : parts[1]], re.MULTILINE)
     solutions = [c for c in notebook.cells if "solution" in c.metadata.get("tags", [])]
-    assert len(solutions) == len(exercises) > 0
+    if name[0] in "23":
+        assert len(solutions) == len(exercises) > 0
+    assert solutions or name in UNSOLVED
     for cell in solutions:
         assert cell.metadata.jupyter.source_hidden
         assert re.search(r"^ *assert ", cell.source, re.MULTILINE)

@@ -1,0 +1,139 @@
+"""The toy Stable Diffusion, and the tables of the text-to-image chapter."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ddpo_lib import evaluation, policy, rewards, runs, sampler
+from ddpo_lib.book import finetuning, paths, profiles, results, seeds, text
+from ddpo_lib.toy import alignment, text_quality
+
+FOLDER = paths.TOY / "text-to-image"
+
+
+def test_quality_of_the_toy_stable_diffusion():
+    told = json.loads((paths.TOY / "quality.json").read_text(encoding="utf-8"))["text"]
+    usual = told[f"guidance_{text_quality.GUIDANCE:g}"]
+    shown = usual["shown"]
+    assert list(shown) == list(text_quality.PROMPTS) and len(shown) >= 12
+    assert sum(share >= 0.85 for share in shown.values()) >= 10
+    assert np.mean(list(shown.values())) > np.mean(list(told["guidance_1"]["shown"].values()))
+    assert told["psnr_db"] >= 28
+    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
+    assert size < 30e6
+
+
+def test_each_prompt_of_the_quality_states_one_thing():
+    for prompt in text_quality.PROMPTS:
+        assert len(alignment.statements(prompt)[1]) == 1, prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new"),
+    [
+        ("a baby with a beard", "nothing"),
+        ("a girl with a beard", "pair"),
+        ("an old woman with a beard", "subject"),
+        ("a baby with long hair", "attribute"),
+        ("an old woman with long hair", "both"),
+    ],
+)
+def test_what_is_new_in_a_prompt(prompt, new):
+    assert text.new_in(prompt, ("a baby with a beard", "a girl with glasses")) == new
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Profile text with one task of one short iteration."""
+    profile = profiles.load("text")
+    short = {"n_iterations": 1, "n_samples": 4, "minibatch_size": 2, "n_steps": 3}
+    short |= {"n_development": 2, "samples_per_prompt": 2, "learning_rate": 1e-2, "bf16": False}
+    return dataclasses.replace(
+        profile,
+        evaluation=profiles.Evaluation(n=24, n_steps=3),
+        finetune=profile.finetune | short,
+        runs=[{"policy": "painter", "task": "many-ddpo"}],
+    )
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
+        (run,) = small.batch()
+        finetuning.finetune(run)
+        results.finish(small, run)
+        yield run
+
+
+def test_tables(small, run):
+    made = text.tables(small)
+    table, by_prompt = made["text"], made["by_prompt"]
+    assert table.columns.tolist() == text.COLUMNS
+    assert set(zip(table.sampler, table.split, strict=True)) == {
+        (sampler, split) for sampler in ("eta0", "eta1") for split in ("trained", "unseen")
+    }
+    assert table.prompts.unique().tolist() == ["many"] and set(table.method) == {"ddpo"}
+    row = table[(table.sampler == "eta1") & (table.split == "unseen")].iloc[0]
+    unseen = run.settings.unseen_prompts
+    both = results.sets(small, run, run.settings.eta, unseen)
+    for end, pictures in (("_base", both[0]), ("", both[1])):
+        for name, judge in (("alignment", alignment.reward), ("true", alignment.truth)):
+            told = evaluation.score(pictures, judge, prompts=unseen)
+            assert row[name + end] == pytest.approx(told.mean(), abs=1e-4)
+    assert (both[0] != both[1]).any()
+    # The prompts' means, weighted by their images, are the splits'.
+    weighted = by_prompt.assign(total=by_prompt.true * by_prompt.n)
+    sums = weighted.groupby(["sampler", "split"])[["total", "n"]].sum()
+    means = table.set_index(["sampler", "split"]).true
+    pd.testing.assert_series_equal(
+        (sums.total / sums.n).sort_index(), means.sort_index(), check_names=False, atol=2e-4
+    )
+    assert set(by_prompt[by_prompt.split == "trained"].new) == {"nothing"}
+    assert len(made["images"]["many-ddpo unseen"]) == text.N_SHOWN
+
+
+def test_along(small, run):
+    curves = text.along(small, seeds.finished(small))
+    assert curves.groupby("sampler").iteration.agg(list).tolist() == [[0, 1], [0, 1]]
+    drawn = runs.development(finetuning.home(run), "stochastic")[0][1]
+    told = evaluation.score(drawn, alignment.truth, prompts=run.settings.prompts)
+    row = curves[(curves.sampler == "eta1") & (curves.iteration == 1)].iloc[0]
+    assert row.true == pytest.approx(told.mean(), abs=1e-4)
+
+
+def test_plain_diffusers_draws_the_same_and_scores_the_same(run):
+    """Without the library: the folder, and the adapter that finetuning left."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    prompts, n_steps = list(run.settings.prompts[:6]), 20
+    home = finetuning.home(run)
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    for adapter in (None, home / "best"):
+        if adapter:
+            pipeline.load_lora_weights(adapter)
+        options = {"bf16": False, "guidance": run.guidance}
+        ours = policy.load(adapter or FOLDER, base=FOLDER if adapter else None, **options)
+        x_T = sampler.noise(ours, sampler.seeds(3, len(prompts)))
+        with torch.no_grad():
+            images = policy.decode(
+                ours, sampler.sample(ours, x_T, n_steps, context=policy.encode(ours, prompts))
+            )
+        theirs = pipeline(
+            prompts, latents=x_T, num_inference_steps=n_steps, guidance_scale=run.guidance,
+            output_type="np",
+        ).images  # fmt: skip
+        seen = rewards.to_uint8(torch.from_numpy(theirs).permute(0, 3, 1, 2) * 2 - 1)
+        mine = rewards.to_uint8(images)
+        assert (seen.int() - mine.int()).abs().max() <= 2
+        both = [
+            evaluation.score(each.numpy(), alignment.truth, prompts=prompts)
+            for each in (seen, mine)
+        ]
+        assert both[0].mean() == pytest.approx(both[1].mean(), abs=1e-3)
