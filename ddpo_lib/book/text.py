@@ -50,15 +50,14 @@ def table(profile: Profile, of: list[Run]):
     rows, by_prompt, known = [], [], {}
     for run in of:
         for sampler, eta in results.etas(run).items():
-            splits = {"trained": run.settings.prompts, "unseen": run.settings.unseen_prompts}
-            for split, prompts in splits.items():
+            for split, prompts in _splits(run).items():
                 both = results.sets(profile, run, eta, prompts)
                 key = run.guidance, eta, prompts
                 if key not in known:
                     known[key] = _view(both[0], prompts, measures, clip)
                 (old, old_vendi), (new, vendi) = known[key], _view(both[1], prompts, measures, clip)
-                who = [*run.task.split("-", 1), run.seed, sampler]
-                who.insert(1, split)
+                told, method = run.task.split("-", 1)
+                who = [told, split, method, run.seed, sampler]
 
                 def means(at, old=old, new=new):
                     return [each[name][at].mean() for name in SCORES for each in (old, new)]
@@ -69,10 +68,8 @@ def table(profile: Profile, of: list[Run]):
                     at = slice(i, None, len(prompts))
                     fresh = new_in(prompt, run.settings.prompts)
                     by_prompt.append([*who, len(both[0][at]), *means(at), prompt, fresh])
-    columns = [*COLUMNS[:-1], "prompt", "new"]
-    return pd.DataFrame(rows, columns=COLUMNS).round(4), pd.DataFrame(
-        by_prompt, columns=columns
-    ).round(4)
+    each = pd.DataFrame(by_prompt, columns=[*COLUMNS[:-1], "prompt", "new"])
+    return pd.DataFrame(rows, columns=COLUMNS).round(4), each.round(4)
 
 
 def along(profile: Profile, of: list[Run]):
@@ -98,13 +95,17 @@ def images(profile: Profile, of: list[Run]) -> dict[str, np.ndarray]:
     "many-ddpo trained", and before finetuning "many trained", of each guidance."""
     shown = {}
     for run in of:
-        splits = {"trained": run.settings.prompts, "unseen": run.settings.unseen_prompts}
-        for split, prompts in splits.items():
+        for split, prompts in _splits(run).items():
             if f"{run.task} {split}" not in shown:
                 before, after = results.sets(profile, run, 0.0, prompts)
                 base = f"{run.task.split('-')[0]} {split}, guidance {run.guidance:g}"
                 shown |= {base: before[:N_SHOWN], f"{run.task} {split}": after[:N_SHOWN]}
     return shown
+
+
+def _splits(run: Run) -> dict[str, tuple[str, ...]]:
+    both = {"trained": run.settings.prompts, "unseen": run.settings.unseen_prompts}
+    return {name: prompts for name, prompts in both.items() if prompts}
 
 
 def _parts(prompt: str) -> tuple[str, str]:
