@@ -222,7 +222,8 @@ def test_readme_has_the_numbers_of_the_methods():
     rows = {
         "`ddpo`": "ddpo", "`ddpo`, `kl_weight` 0.1": "ddpo-kl-mid", "`promise` (ours)": "promise",
         "`promise`, `kl_weight` 0": "promise-free", "`tdpo`": "tdpo", "`dpok`": "dpok",
-        "`hrf`": "hrf", "`ddpo`, groups": "ddpo-groups", "`nft`": "nft",
+        "`hrf`": "hrf", "`ddpo`, groups": "ddpo-groups", "`nft`": "nft", "`d3po`": "d3po",
+        "`dense`": "dense", "`rwr`": "rwr", "`sft`": "sft",
     }  # fmt: skip
     for title, variant in rows.items():
         cells = []
