@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -788,6 +789,12 @@ def test_card_says_what_the_run_was_and_how_it_went(profile, run):
         pretrained = results.pretrained_pictures(profile, "tiny", eta=eta)
         scores = evaluation.score(pretrained, rewards.jpeg_compressibility)
         assert told["before_mean"] == pytest.approx(scores.mean())
+
+
+@pytest.mark.parametrize("reward", rewards.REWARDS)
+def test_card_has_a_sentence_about_every_reward_with_a_name(reward):
+    assert re.fullmatch(r"\. \S.{10,}\.", model_cards.meaning(reward))
+    assert model_cards.meaning(f"package:{reward}") == ""
 
 
 def test_card_tells_people_to_draw_what_it_reports(profile, run):

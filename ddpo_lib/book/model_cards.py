@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from ddpo_lib import adapter, hub, rewards, runs
+from ddpo_lib import adapter, hub, judges, rewards, runs
 from ddpo_lib.book import paths
 from ddpo_lib.settings import Finetune
 
@@ -49,7 +49,6 @@ def save(home: Path) -> None:
     base = repository or run["base"]
     licence = next((name for start, name in LICENCES.items() if base.startswith(start)), None)
     stated = {"license": licence, "base_model": repository}
-    known = run["reward"] in rewards.REWARDS
     template = (paths.CONFIG / "model_card.md").read_text(encoding="utf-8")
     prompts, own_adapter = settings["prompts"], ""
     if settings["adapter_rank"]:
@@ -66,7 +65,7 @@ def save(home: Path) -> None:
         metadata="".join(f"{key}: {value}\n" for key, value in stated.items() if value),
         base=base,
         commit=f", commit `{commit}`" if repository else "",
-        meaning=f". {getattr(rewards, run['reward']).__doc__.splitlines()[0]}" if known else "",
+        meaning=meaning(run["reward"]),
         licence=f"{licence}, the base's" if licence else "the base's; see there",
         n_steps=settings["n_steps"],
         metrics=_table((name, *own) for name, own in metrics.items()),
@@ -76,6 +75,14 @@ def save(home: Path) -> None:
         settings=_table({"seed": run["seed"], **settings, **run["objective_settings"]}.items()),
     )
     (home / "best" / "README.md").write_text(card, encoding="utf-8")
+
+
+def meaning(reward: str) -> str:
+    """A sentence about a reward that has a name; nothing about one of somebody's own."""
+    if reward not in rewards.REWARDS:
+        return ""
+    source = rewards if hasattr(rewards, reward) else judges
+    return f". {getattr(source, reward).__doc__.splitlines()[0]}"
 
 
 def push_to_hub(home: Path, repository: str, private: bool = False) -> str:
