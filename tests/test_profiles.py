@@ -70,7 +70,7 @@ def test_toy_batch_has_the_seven_finetunings():
     jpeg_and_taste = ["aesthetic", "compressibility", "incompressibility"]
     expected = [("faces", task) for task in [*jpeg_and_taste, "over50"]]
     expected += [("churches", task) for task in jpeg_and_taste]
-    beside_the_thesis = [("faces", "control"), ("faces", "aesthetic-fooled")]
+    beside_the_thesis = [("faces", task) for task in ("control", "biased", "aesthetic-fooled")]
     more_rates = [("faces", "aesthetic-mean-lr"), ("faces", "aesthetic-high-lr")]
     assert batch == expected + beside_the_thesis + low_rates_of_figure_5_7 + more_rates
 

@@ -17,7 +17,7 @@ from ddpo_lib.book import figures, paths
 CHAPTERS = {
     "Start": "01", "2 · Diffusion models": "2", "3 · Reinforcement learning": "3",
     "4 · Denoising as decisions": "4", "5 · Finetuning": "5", "6 · Methods": "6",
-    "8 · Findings": "8", "Appendices": "ABCD",
+    "7 · Text to image": "7", "8 · Findings": "8", "Appendices": "ABCD",
 }  # fmt: skip
 """Chapter → what the numbers of its notebooks, figures and tables begin with."""
 
