@@ -87,7 +87,7 @@ def measure(
     held_out = {domain: draw(domain, N_HELD_OUT, seed) for domain in DOMAINS}
     fresh = {domain: draw(domain, N_HELD_OUT, seed + 1) for domain in DOMAINS}
     balanced = draw("faces", N_HELD_OUT, seed + 2, age_balanced=1.0)
-    embeddings = {domain: _embed(clip, drawn.pictures) for domain, drawn in held_out.items()}
+    embeddings = {domain: embed(clip, drawn.pictures) for domain, drawn in held_out.items()}
 
     result: dict = {}
     for domain, drawn in samples.items():
@@ -125,7 +125,7 @@ def distance(
 ) -> dict[str, float]:
     """How far samples are from real ones: precision, recall and, of people, the share of old."""
     result = dict(
-        zip(("precision", "recall"), precision_recall(real, _embed(clip, pictures)), strict=True)
+        zip(("precision", "recall"), precision_recall(real, embed(clip, pictures)), strict=True)
     )
     return result | ({"share_50_or_over": share_50_or_over(age, pictures)} if age else {})
 
@@ -228,7 +228,8 @@ def regressor_correlations(regressor: Regressor, drawn: Drawn) -> dict[str, floa
     }
 
 
-def _embed(clip: Clip, pictures: np.ndarray) -> torch.Tensor:
+def embed(clip: Clip, pictures: np.ndarray) -> torch.Tensor:
+    """CLIP's embeddings (N, D) of pictures, uint8 (N, 64, 64, 3)."""
     with torch.no_grad():
         return embed_images(clip, to_tensor(pictures)).float()
 

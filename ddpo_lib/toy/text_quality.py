@@ -7,10 +7,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpo_lib import evaluation, policy
-from ddpo_lib.encoders import Clip, embed_images
+from ddpo_lib.encoders import Clip
 from ddpo_lib.toy.alignment import STATEMENTS, statements
 from ddpo_lib.toy.drawing import to_tensor
-from ddpo_lib.toy.quality import precision_recall, rounded
+from ddpo_lib.toy.quality import embed, precision_recall, rounded
 from ddpo_lib.toy.regressor import Regressor, read
 from ddpo_lib.toy.training import DOMAINS, Drawn, draw
 
@@ -36,7 +36,7 @@ def measure(folder: Path, clip: Clip, judge: Regressor, seed: int = 9) -> dict:
             pictures = evaluation.draw(
                 agent, N_HELD_OUT, N_STEPS, seed, progress=title, prompts=captions[domain]
             )
-            both = (_embed(clip, each) for each in (drawn.pictures, pictures))
+            both = (embed(clip, each) for each in (drawn.pictures, pictures))
             own[domain] = dict(zip(("precision", "recall"), precision_recall(*both), strict=True))
             own[domain]["shown"] = shown(pictures, captions[domain], domain, judge)
         result[f"guidance_{guidance:g}"] = own
@@ -65,8 +65,3 @@ def psnr(agent: policy.Policy, drawn: list[Drawn]) -> float:
         again = vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1)
         errors.append((again - part).square().mean((1, 2, 3)))
     return -10 * torch.log10(torch.cat(errors).mean() / 4).item()
-
-
-def _embed(clip: Clip, pictures: np.ndarray) -> torch.Tensor:
-    with torch.no_grad():
-        return embed_images(clip, to_tensor(pictures)).float()
