@@ -92,5 +92,5 @@ def test_no_package_index_is_named():
 def test_make_targets():
     listed = subprocess.run(["make", "help"], cwd=paths.ROOT, capture_output=True, text=True)
     assert re.findall(r"^make (\w+)", listed.stdout, re.MULTILINE) == [
-        "help", "reproduce", "seeds", "methods", "book", "test", "lab", "bench", "toy",
+        "help", "reproduce", "seeds", "methods", "text", "book", "test", "lab", "bench", "toy",
     ]  # fmt: skip
