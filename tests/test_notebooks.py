@@ -147,9 +147,8 @@ def test_committed_outputs_are_fit_to_read(name):
     assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 5e6  # a page of 64x64 images
 
 
-UNSOLVED = {"00_quickstart", "50_finetune", "53_without_reinforcement_learning",
-            "80_claims_and_findings"}  # fmt: skip
-"""Without exercises, or with such as take a finetuning."""
+UNSOLVED = {"50_finetune", "53_without_reinforcement_learning"}
+"""Their exercises take a finetuning."""
 
 
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "234567"])

@@ -166,9 +166,10 @@ def main() -> None:
     for title, rows in chapters.get(name, tables)(profile).items():
         file = folder / f"{title}.{'npz' if isinstance(rows, dict) else 'csv'}"
         with runs.replacing(file) as draft:
-            np.savez_compressed(draft, **rows) if isinstance(rows, dict) else rows.to_csv(
-                draft, index=False
-            )
+            if isinstance(rows, dict):
+                np.savez_compressed(draft, **rows)
+            else:
+                rows.to_csv(draft, index=False)
         print(f"{file}: {len(rows)} entries")
 
 

@@ -4,6 +4,8 @@ A task of profile text is named <prompts>-<method>, such as many-ddpo. A prompt 
 attributes: "a baby with a beard".
 """
 
+import functools
+
 import numpy as np
 
 from ddpo_lib import diversity, encoders, evaluation, rewards, runs
@@ -84,7 +86,7 @@ def along(profile: Profile, of: list[Run]):
         for kind, sampler in (("development", "eta0"), ("stochastic", "eta1")):
             for i, drawn in enumerate(runs.development(home, kind)[0]):
                 told = [metrics[i][f"{kind}_{name}"] for name in ("reward", "vendi")]
-                scores = [score(drawn, prompts).mean() for score in measures.values()]
+                scores = [score(drawn, prompts=prompts).mean() for score in measures.values()]
                 rows.append([*who, sampler, i, *told, *scores])
     columns = ["prompts", "method", "seed", "sampler", "iteration", "reward", "vendi", *SCORES]
     return pd.DataFrame(rows, columns=columns).round(4)
@@ -117,14 +119,9 @@ def _measures(profile: Profile) -> dict:
     """Name → a function of uint8 pictures and their prompts, which take turns, to scores (n,)."""
     taste = rewards.load("aesthetic", profile.models)
     judges = dict(zip(SCORES, (alignment.reward, alignment.truth, taste), strict=True))
-    return {
-        name: lambda pictures, prompts, judge=judge: evaluation.score(
-            pictures, judge, prompts=prompts
-        )
-        for name, judge in judges.items()
-    }
+    return {name: functools.partial(evaluation.score, reward=own) for name, own in judges.items()}
 
 
 def _view(pictures, prompts, measures, clip) -> tuple[dict[str, np.ndarray], float]:
-    scores = {name: score(pictures, prompts) for name, score in measures.items()}
+    scores = {name: score(pictures, prompts=prompts) for name, score in measures.items()}
     return scores, diversity.vendi_score(diversity.embed(pictures, clip))

@@ -10,7 +10,7 @@ from ddpo_lib import evaluation, policy
 from ddpo_lib.encoders import Clip
 from ddpo_lib.toy.alignment import STATEMENTS, statements
 from ddpo_lib.toy.drawing import to_tensor
-from ddpo_lib.toy.quality import embed, precision_recall, rounded
+from ddpo_lib.toy.quality import distance, embed, rounded
 from ddpo_lib.toy.regressor import Regressor, read
 from ddpo_lib.toy.training import DOMAINS, Drawn, draw
 
@@ -29,15 +29,15 @@ def measure(folder: Path, clip: Clip, judge: Regressor, seed: int = 9) -> dict:
         domain: tuple(DOMAINS[domain].captions(drawn.factors, rng))
         for domain, drawn in held_out.items()
     }
+    embeddings = {domain: embed(clip, drawn.pictures) for domain, drawn in held_out.items()}
     for guidance in (1.0, GUIDANCE):
         agent, own = policy.load(folder, guidance=guidance), {}
-        for domain, drawn in held_out.items():
+        for domain, real in embeddings.items():
             title = f"{domain} at guidance {guidance:g}"
             pictures = evaluation.draw(
                 agent, N_HELD_OUT, N_STEPS, seed, progress=title, prompts=captions[domain]
             )
-            both = (embed(clip, each) for each in (drawn.pictures, pictures))
-            own[domain] = dict(zip(("precision", "recall"), precision_recall(*both), strict=True))
+            own[domain] = distance(real, clip, pictures, None)
             own[domain]["shown"] = shown(pictures, captions[domain], domain, judge)
         result[f"guidance_{guidance:g}"] = own
     return rounded(result | {"psnr_db": psnr(agent, list(held_out.values()))})
