@@ -29,15 +29,12 @@ class Settings:
     clip_range: float = number(0.1, below=1, above=0)
     """eps: the ratio's range; goes with `log_prob_reduction`."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module:
     """The pretrained policy. ValueError where mini-batches are not whole pairs."""
-    if loop.minibatch_size % PAIR:
-        raise ValueError(f"minibatch_size={loop.minibatch_size}: D3PO learns from pairs, take 2, 4")
-    check_groups(PAIR, loop)
+    check_groups(PAIR, loop, "minibatch_size")
     return frozen(policy)
 
 

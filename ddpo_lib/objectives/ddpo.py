@@ -54,8 +54,7 @@ class Settings:
     """beta: adds beta KL(p_theta || p_pre) of every decision, exact, in the unit of the
     log-probability, over advantages of about 1. The thesis has none: 0."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module | None:
@@ -72,13 +71,11 @@ def helpers(policy, settings, loop) -> torch.nn.Module | None:
     return frozen(policy) if settings.kl_weight else None
 
 
-def check_groups(size: int, loop) -> None:
-    """ValueError unless an iteration's samples, and those of a prompt, are whole groups."""
-    if loop.n_samples % size:
-        raise ValueError(f"n_samples={loop.n_samples} is no multiple of the groups' size, {size}")
-    if loop.prompts and loop.samples_per_prompt % size:
-        said = f"samples_per_prompt={loop.samples_per_prompt} is no multiple of the groups' size"
-        raise ValueError(f"{said}, {size}: those of a group share their prompt")
+def check_groups(size: int, loop, *others: str) -> None:
+    """ValueError unless samples of an iteration, of a prompt, and of `others` are whole groups."""
+    for name in ("n_samples", *others, *["samples_per_prompt"] * bool(loop.prompts)):
+        if (n := getattr(loop, name)) % size:
+            raise ValueError(f"{name}={n} is no multiple of the groups' size, {size}")
 
 
 def rollout(policy, settings, loop, helpers, seeds, context, _, generator) -> Trajectory:
@@ -112,7 +109,7 @@ def units(experience, settings, loop, generator) -> list[torch.Tensor]:
 
 def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Tensor, dict]:
     """The surrogate of each decision, times the number of steps where the loss sums over them. The
-    credit may differ from step to step, (T, N)."""
+    credit may differ from step to step, (T, N). The logged KL is of a whole trajectory."""
     step, sample = rows[:, 0].unbind(-1)
     new = rescore(policy, experience.trajectory, step, sample)
     worth = credit[sample] if credit.ndim == 1 else credit[step, sample]
@@ -123,8 +120,7 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
         value = is_loss(new.log_ratio, advantage, settings.clip_range)
     n_steps, ratio = len(experience.steps), new.log_ratio.detach().exp()
     clipped = ((ratio - 1).abs() > settings.clip_range).double()
-    whole = n_steps * new.kl  # of a whole trajectory
-    logged = {"mean_ratio": ratio, "clip_fraction": clipped, "kl": whole}
+    logged = {"mean_ratio": ratio, "clip_fraction": clipped, "kl": n_steps * new.kl}
     if settings.kl_weight:
         price, logged["kl_pretrained"] = kl_price(policy, experience, step, sample, new, helpers)
         value = value + settings.kl_weight * price

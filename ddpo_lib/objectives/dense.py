@@ -38,16 +38,12 @@ class Settings:
     clip_range: float = number(1e-4, above=0)
     """eps: range of a step's log-ratio, which has no gradient beyond; see `log_prob_reduction`."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module:
     """The pretrained policy. ValueError where mini-batches are not whole groups."""
-    check_groups(settings.group_size, loop)
-    if loop.minibatch_size % settings.group_size:
-        size = f"minibatch_size={loop.minibatch_size}"
-        raise ValueError(f"{size}: must be a multiple of group_size={settings.group_size}")
+    check_groups(settings.group_size, loop, "minibatch_size")
     return frozen(policy)
 
 

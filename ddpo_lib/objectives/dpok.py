@@ -31,8 +31,7 @@ class Settings:
     helper_rate: float = number(20.0, above=0)
     """The value network's learning rate, in multiples of the policy's."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module:

@@ -19,7 +19,7 @@ from ddpo_lib.objectives import ddpo
 from ddpo_lib.objectives.ddpo import credit, helpers, loss, units  # noqa: F401
 from ddpo_lib.policy import steps
 from ddpo_lib.sampler import noise
-from ddpo_lib.settings import check, choice, number
+from ddpo_lib.settings import choice, number
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,6 @@ class Settings(ddpo.Settings):
     in the first half; or in either."""
     move_at: int = number(12, 1)
     """The iteration after which the window "moving" is the second half."""
-
-    def __post_init__(self):
-        check(self)
 
 
 def rollout(policy, settings, loop, _, seeds, context, iteration, generator):

@@ -32,8 +32,7 @@ class Settings:
     n_draws: int = number(9, 1)
     """Timesteps of a sample in an epoch."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module:
@@ -57,16 +56,12 @@ def loss(policy, experience, rows, credit, settings, helpers) -> tuple[torch.Ten
     x_t, eps, t, context = corrupt(policy, experience, rows)
     new = predict_noise(policy, x_t, t, context)
     with torch.no_grad():
-        old, pretrained = (
-            predict_noise(replace(policy, unet=helpers[name]), x_t, t, context)
-            for name in ("old", "reference")
-        )
+        others = (replace(policy, unet=helpers[name]) for name in ("old", "reference"))
+        old, pretrained = (predict_noise(other, x_t, t, context) for other in others)
     u = credit[rows[:, 0, 1]].to(new.device)
     toward, away = implicit(new, old, settings.beta)
-    good, bad, distance = (
-        difference.square().flatten(1).mean(1)
-        for difference in (toward - eps, away - eps, new - pretrained)
-    )
+    differences = toward - eps, away - eps, new - pretrained
+    good, bad, distance = (each.square().flatten(1).mean(1) for each in differences)
     value = (u * good + (1 - u) * bad) / settings.beta + settings.kl_weight * distance
     return value, {"distance": distance.detach()}
 

@@ -17,7 +17,7 @@ import torch
 from ddpo_lib.experience import peers
 from ddpo_lib.objectives import ddpo
 from ddpo_lib.objectives.ddpo import helpers, loss, rollout, units  # noqa: F401
-from ddpo_lib.settings import check, number
+from ddpo_lib.settings import number
 
 SCORES_DENOISED = True
 
@@ -28,9 +28,6 @@ class Settings(ddpo.Settings):
 
     kl_weight: float = number(0.1, 0)
     """beta, as in DDPO."""
-
-    def __post_init__(self):
-        check(self)
 
 
 def credit(experience, settings, loop, _) -> torch.Tensor:

@@ -30,8 +30,7 @@ class Settings:
     n_draws: int = number(9, 1)
     """Timesteps of a sample in an epoch; 9 cost as much as DDPO's half of 18 decisions."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> None:

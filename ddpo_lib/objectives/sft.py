@@ -27,8 +27,7 @@ class Settings:
     n_draws: int = number(9, 1)
     """Timesteps of a sample in an epoch."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module:

@@ -37,8 +37,7 @@ class Settings:
     helper_rate: float = number(20.0, above=0)
     """The critic's learning rate, in multiples of the policy's."""
 
-    def __post_init__(self):
-        check(self)
+    __post_init__ = check
 
 
 def helpers(policy, settings, loop) -> torch.nn.Module:
@@ -89,13 +88,12 @@ def reset_active(critic: Value, optimizer, generator) -> None:
     """New weights N(0, 1 / (d + 1)), d inputs, into and out of active hidden units, bias 0."""
     active = critic.activity > 0
     hidden, out = critic.hidden, critic.out
-    for weight, index in ((hidden.weight, active), (out.weight, (slice(None), active))):
-        deviation = (weight.shape[1] + 1) ** -0.5
-        fresh = torch.randn(weight.shape, generator=generator).to(weight) * deviation
-        weight[index] = fresh[index]
-    hidden.bias[active] = 0
-    for p, index in ((hidden.weight, active), (hidden.bias, active),
-                     (out.weight, (slice(None), active))):  # fmt: skip
+    columns = slice(None), active
+    for p, index in ((hidden.weight, active), (out.weight, columns), (hidden.bias, active)):
+        fresh = torch.zeros(p.shape)
+        if p is not hidden.bias:
+            fresh = torch.randn(p.shape, generator=generator) * (p.shape[1] + 1) ** -0.5
+        p[index] = fresh.to(p)[index]
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[p]:
                 optimizer.state[p][moment][index] = 0
