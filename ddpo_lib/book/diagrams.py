@@ -106,9 +106,9 @@ def ddim_chain(pictures: np.ndarray | None = None) -> plt.Figure:
     write(ax, 5.5, 2.0, "a forward process that is no chain")
     arrow(ax, right[3], right[2])
     for i in range(2):
-        arrow(ax, right[i], right[i + 1])
+        text = rf"$q_\sigma(x_{2 - i} \mid x_{3 - i}, x_0)$"
+        arrow(ax, right[i], right[i + 1], text, (0, -0.13), bend=1.0)
         arrow(ax, (right[3].x, 1.31), (right[i].x, 1.31), bend=0.28)
-        write(ax, right[i].x + 0.485, 0.42, rf"$q_\sigma(x_{2 - i} \mid x_{3 - i}, x_0)$", 8)
     return fig
 
 
@@ -151,18 +151,18 @@ def denoising_mdp(states: np.ndarray) -> plt.Figure:
     middle = min(4 * K // 5, K - 2)
     shown = states[[0, 1, middle, middle + 1, K]]
     s, x = ("0", "1", "t", "t+1", "T"), ("T", "T-1", "T-t", "T-t-1", "0")
-    fig, ax = canvas(7.4, 2.6)
-    row = [picture(ax, 0.75 + 1.475 * i, 1.27, image, 0.9) for i, image in enumerate(shown)]
+    fig, ax = canvas(7.4, 2.05)
+    places = (0.76, 2.46, 3.7, 5.4, 6.64)  # wide gaps for the arrows with their texts
+    row = [picture(ax, x, 1.25, image, 0.84) for x, image in zip(places, shown, strict=True)]
     for i, now in enumerate(row):
-        write(ax, now.x, 1.87, f"$s_{{{s[i]}}} = x_{{{x[i]}}}$", 10)
+        write(ax, now.x, 1.83, f"$s_{{{s[i]}}} = x_{{{x[i]}}}$", 10)
         text, width = ("$0$", 0.4) if i < 4 else ("$r(x_0)$", 0.7)
         arrow(ax, now, box(ax, now.x, 0.32, text, ORANGE, width, 0.36), color=ORANGE)
     for i in (0, 2):
-        arrow(ax, row[i], row[i + 1], color=BLUE)
+        arrow(ax, row[i], row[i + 1], f"$a_{{{s[i]}}} = x_{{{x[i + 1]}}}$", color=BLUE)
         dots(ax, row[i + 1], row[i + 2], arrows=False)
-        middle = (row[i].x + row[i + 1].x) / 2
-        write(ax, middle, 2.42, f"$a_{{{s[i]}}} = x_{{{x[i + 1]}}}$", 9, BLUE)
-        write(ax, middle, 2.18, rf"$\sim p_\theta(\,\cdot \mid x_{{{x[i]}}})$", 9, BLUE)
+        policy = rf"$\sim p_\theta(\,\cdot \mid x_{{{x[i]}}})$"
+        write(ax, (row[i].x + row[i + 1].x) / 2, row[i].y - 0.15, policy, 8, BLUE)
     return fig
 
 
