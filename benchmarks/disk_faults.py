@@ -157,7 +157,7 @@ def mounted(image: Path, disk: Path) -> Iterator[None]:
 
 
 def is_draft(file: Path, home: Path) -> bool:
-    """Whether a file has no final name yet: see `runs.replacing` and `runs.replacing_folder`."""
+    """Whether a file has no final name yet: see `disk.replacing` and `disk.replacing_folder`."""
     return any(p.startswith(".") or p.endswith(".tmp") for p in file.relative_to(home).parts)
 
 

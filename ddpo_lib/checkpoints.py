@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpo_lib import adapter, policy, runs
+from ddpo_lib import adapter, disk, policy, runs
 from ddpo_lib.policy import Policy
 
 
@@ -13,7 +13,7 @@ def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: 
     """Write last/: the policy, or its adapter alone, its helpers' learned weights (frozen ones come
     back from the pretrained policy), the optimizer's moments, the position, and a checksum of each
     file."""
-    with runs.replacing_folder(home / "last") as draft:
+    with disk.replacing_folder(home / "last") as draft:
         policy.save(learner, draft)
         moments = {
             f"{i}.{key}": value.contiguous()  # they are channels_last, as the weights are
@@ -25,23 +25,25 @@ def save_last(home: Path, learner: Policy, optimizer, helpers, iterations_done: 
             learned = [(name, p) for name, p in helpers.named_parameters() if p.requires_grad]
             weights = {name: p.detach().contiguous() for name, p in learned}
             save_file(weights, draft / "helpers.safetensors")
-        sums = {f.relative_to(draft).as_posix(): runs.sha256(f) for f in sorted(draft.rglob("*.*"))}
-        runs.write_json(draft / "state.json", {"iterations_done": iterations_done, "sha256": sums})
+        sums = {f.relative_to(draft).as_posix(): disk.sha256(f) for f in sorted(draft.rglob("*.*"))}
+        state = {"iterations_done": iterations_done, "sha256": sums}
+        disk.write_json(draft / "state.json", disk.sealed(state))
 
 
 def save_best(home: Path, learner: Policy, iteration: int, reward: float) -> None:
     """Write best/, a folder that plain diffusers loads, see `policy.save`, with its record."""
-    with runs.replacing_folder(home / "best") as draft:
+    with disk.replacing_folder(home / "best") as draft:
         policy.save(learner, draft)
-        runs.write_json(draft / "best.json", {"iteration": iteration, "reward": reward})
+        record = {"iteration": iteration, "reward": reward}
+        disk.write_json(draft / "best.json", disk.sealed(record))
 
 
 def restore_learner(home: Path, learner: Policy) -> None:
     """Put last/'s weights into the policy's network. ValueError if a file of last/ is damaged."""
     last = home / "last"
-    with runs.whole(last):
-        for name, known in runs.read_json(last / "state.json")["sha256"].items():
-            if runs.sha256(last / name) != known:
+    with runs.whole(last, home):
+        for name, known in disk.read_json(last / "state.json")["sha256"].items():
+            if disk.sha256(last / name) != known:
                 raise ValueError(f"{name} is not what was written")
         if adapter.is_in(learner.unet):
             adapter.restore(learner.unet, last)
@@ -51,7 +53,7 @@ def restore_learner(home: Path, learner: Policy) -> None:
 
 def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Module | None) -> None:
     """Put last/'s moments and helpers' weights back. ValueError if last/ is damaged."""
-    with runs.whole(home / "last"):
+    with runs.whole(home / "last", home):
         state: dict[int, dict] = {}
         for name, value in load_file(home / "last" / "optimizer.safetensors").items():
             i, key = name.split(".")
@@ -61,9 +63,10 @@ def restore(home: Path, optimizer: torch.optim.Optimizer, helpers: torch.nn.Modu
             helpers.load_state_dict(load_file(home / "last" / "helpers.safetensors"), strict=False)
 
 
-def check_finite(learner: Policy) -> None:
+def check_finite(learner: Policy, helpers: torch.nn.Module | None) -> None:
     """FloatingPointError for weights that are not finite: no checkpoint may be replaced by them."""
-    weights = learner.unet.state_dict().items()
-    if bad := [name for name, value in weights if not value.isfinite().all()]:
-        advice = "lower the learning rate, or set bf16 to false"
-        raise FloatingPointError(f"weights that are not finite, such as {bad[0]}: {advice}")
+    for owner, network in {"": learner.unet, "the helpers' ": helpers}.items():
+        weights = network.state_dict().items() if network is not None else ()
+        if bad := [name for name, value in weights if not value.isfinite().all()]:
+            said = f"weights that are not finite, such as {owner}{bad[0]}"
+            raise FloatingPointError(f"{said}: lower the learning rate, or set bf16 to false")

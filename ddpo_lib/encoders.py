@@ -165,9 +165,14 @@ def age_logits(classifier: AgeClassifier, images, batch_size: int = 250) -> torc
     return torch.cat([model(pixel_values=part).logits for part in ready])
 
 
+def can_see(channels: int, height: int, width: int) -> bool:
+    """Whether these networks take images of this shape: square ones in colour."""
+    return channels == 3 and height == width
+
+
 def _prepare(images: torch.Tensor, encoder: Clip | AgeClassifier, resize) -> torch.Tensor:
     """Resize and standardise: what image processors do, on tensors."""
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+    if images.ndim != 4 or not can_see(*images.shape[1:]):
         raise ValueError(f"expected square RGB images (N, 3, S, S), got {tuple(images.shape)}")
     if images.shape[-1] != encoder.image_size:
         images = resize(images, encoder.image_size)

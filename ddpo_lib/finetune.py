@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from ddpo_lib import (
     adapter,
     checkpoints,
+    disk,
     diversity,
     objectives,
     parallel,
@@ -23,6 +25,7 @@ from ddpo_lib import (
     rewards,
     runs,
     sampler,
+    watch,
 )
 from ddpo_lib.experience import Experience, learnable_steps, roll_out
 from ddpo_lib.identity import fingerprint
@@ -30,9 +33,6 @@ from ddpo_lib.policy import Policy
 from ddpo_lib.prompts import cycle, turns
 from ddpo_lib.settings import Finetune, check_whole, learning_rate
 from ddpo_lib.update import update
-
-COLLAPSED = 0.5
-"""Share of the pretrained policy's Vendi score under which images have become alike."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def finetune(
         seed: of noise and mini-batches, at least 0.
         objective_settings: the objective's `Settings`; its defaults if None.
         embed: pictures (n, H, W, C) uint8 to embeddings (n, D) of length 1, such as
-            `diversity.embed` with a CLIP: the metrics then have Vendi scores, and the run says so
-            when the training sampler's falls under the share COLLAPSED of the pretrained one's.
+            `diversity.embed` with a CLIP: the metrics then have Vendi scores, see `watch`.
         on_iteration: called after each iteration, when its checkpoint is on the disk, with its
             metrics, one flat dict of numbers; `wandb.log` is one. If it answers True, the run stops
             there; the same call again goes on with it.
 
     Raises:
         ValueError: settings, reward or folder do not fit; before anything is written.
-        FloatingPointError: images or gradients are not finite; the last checkpoint stays.
+        FloatingPointError: images, rewards, gradients or weights are not finite; the last
+            checkpoint stays.
     """
     home = Path(home).absolute()
     training = prepare(policy, reward, objective, settings, seed, objective_settings, embed)
@@ -96,7 +96,8 @@ def finetune(
         if parallel.is_main():
             try:
                 # Others would wait too, and time out, while the main process waits for the folder.
-                stack.enter_context(runs.hold(home, wait=parallel.n_processes() == 1))
+                patience = math.inf if parallel.n_processes() == 1 else 1
+                stack.enter_context(disk.locked(home, patience))
                 runs.open_folder(home, identity, settings)
             except (OSError, ValueError, RuntimeError) as error:
                 refusal = error
@@ -152,7 +153,10 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
         n = (iteration - 1) * len(batches) + len(updates)
         step = {"n_units": len(rows), "rate": learning_rate(n / max(1, n_updates - 1), settings)}
         mine = parallel.local(rows, share)
-        done = update(learner.unet, training.optimizer, mine, loss, **step, **limits)
+        try:
+            done = update(learner.unet, training.optimizer, mine, loss, **step, **limits)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"update {n}: {error}") from error
         updates.append({"update": n, **done})
     if hasattr(objective, "tend"):
         objective.tend(training.own, training.helpers, training.optimizer, iteration)
@@ -229,10 +233,14 @@ def _run(training: Training, home: Path, on_iteration) -> None:
         checkpoints.restore_learner(home, training.learner)
         checkpoints.restore(home, training.optimizer, training.helpers)
     if main:
-        with runs.explained(home):
-            runs.drop_after(home, done if resumed else -1)
+        runs.drop_after(home, done if resumed else -1)
     if not resumed:
-        _keep(training, home, {"iteration": 0}, {})
+        try:
+            _keep(training, home, {"iteration": 0}, {})
+        except Exception:
+            if main:
+                runs.forget(home)
+            raise
     todo = range(done + 1, settings.n_iterations + 1)
     whole = {"initial": done, "total": settings.n_iterations, "unit": "iteration"}
     bar = tqdm(todo, desc=home.name, disable=not main, **whole)
@@ -255,8 +263,8 @@ def _run(training: Training, home: Path, on_iteration) -> None:
             tqdm.write(f"Stopped. {home} keeps what was done; the next start goes on with it.")
             raise
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward_mean", "development_reward")})
-        if main and training.embed is not None:
-            _warn_of_collapse(home)
+        for warning in watch.warnings(runs.metrics(home)) if main else ():
+            tqdm.write(f"iteration {iteration}: {warning}")
         said = on_iteration(row) if on_iteration is not None and main else None
         if parallel.everywhere(isinstance(said, bool | np.bool_) and bool(said)):
             break
@@ -277,17 +285,16 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
         row["seconds"] = round(time.perf_counter() - start, 2)
     if not parallel.is_main():
         return row
-    checkpoints.check_finite(learner)
-    with runs.explained(home):
-        runs.save_development(home, iteration, sets)
-        runs.append_metrics(home, row | lists)
-        reward = row[f"{settings.select_by}_reward"]
-        kept = runs.best(home) if iteration > 0 else None
-        # One of this iteration is a crash's, which is made again.
-        if not kept or kept["iteration"] == iteration or reward > kept["reward"]:
-            checkpoints.save_best(home, learner, iteration, reward)
-        if iteration > 0:
-            checkpoints.save_last(home, learner, training.optimizer, training.helpers, iteration)
+    checkpoints.check_finite(learner, training.helpers)
+    runs.save_development(home, iteration, sets)
+    runs.append_metrics(home, row | lists)
+    reward = row[f"{settings.select_by}_reward"]
+    kept = runs.best(home) if iteration > 0 else None
+    # One of this iteration is a crash's, which is made again.
+    if not kept or kept["iteration"] == iteration or reward > kept["reward"]:
+        checkpoints.save_best(home, learner, iteration, reward)
+    if iteration > 0:
+        checkpoints.save_last(home, learner, training.optimizer, training.helpers, iteration)
     return row
 
 
@@ -305,14 +312,6 @@ def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
     images = policy.decode(learner, x_0)
     pictures = parallel.gather(rewards.to_uint8(images)).numpy()
     return pictures, parallel.gather(training.reward(images, prompts)).cpu().numpy()
-
-
-def _warn_of_collapse(home: Path) -> None:
-    """Say it in the iteration in which the training sampler's Vendi score falls under its share."""
-    vendi = [row.get("stochastic_vendi", np.nan) for row in runs.metrics(home)]
-    if vendi[-1] < COLLAPSED * vendi[0] <= vendi[-2]:
-        fall = f"the training sampler's Vendi score fell from {vendi[0]:.2f} to {vendi[-1]:.2f}"
-        tqdm.write(f"iteration {len(vendi) - 1}: {fall}: its images become alike")
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:

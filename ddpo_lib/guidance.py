@@ -56,11 +56,12 @@ def guide(policy: Policy, loss: Loss, scale: float) -> Policy:
 
         eps_theta(x_t, t) + scale · sqrt(1 - alpha_bar_t) · grad_{x_t} loss(x~_{t→0}).
 
-    The scale, gamma, is at least 0, which leaves the policy as it is. A prediction costs a backward
-    pass, and memory for it: give the sampler a smaller `batch_size` for large networks.
+    The scale, gamma, is at least 0, which leaves the policy as it is, and at most a million. A
+    prediction costs a backward pass, and memory for it: give the sampler a smaller `batch_size` for
+    large networks.
     """
-    if not 0 <= scale < float("inf"):
-        raise ValueError(f"scale={scale}: gamma must be a number from 0 up; or negate the loss")
+    if not 0 <= scale <= 1e6:
+        raise ValueError(f"scale={scale}: gamma must be from 0 to 1e6; or negate the loss")
     # What takes the network's place gives eps, also where the network gives v.
     settings = configuration(policy.scheduler) | {"prediction_type": "epsilon"}
     return Policy(_Guided(policy, loss, scale), policy.scheduler.from_config(settings), bf16=False)

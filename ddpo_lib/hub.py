@@ -84,11 +84,11 @@ def explained(source: str, wish: str = "get") -> Iterator[None]:
         yield
     except Exception as error:
         title = f"cannot {wish} {source!r}, the id of a model on the Hugging Face Hub"
-        said = f"{title}: {_advice(error, source)}. Cause: {cause(error)}"
+        said = f"{title}: {_advice(error, source, wish)}. Cause: {cause(error)}"
         raise FileNotFoundError(said) from error
 
 
-def _advice(error: Exception, source: str) -> str:
+def _advice(error: Exception, source: str, wish: str) -> str:
     """What to do about an error."""
     from huggingface_hub import constants, errors
 
@@ -118,6 +118,9 @@ def _advice(error: Exception, source: str) -> str:
         return "it has had too many requests from here. Wait some minutes, or `hf auth login`"
     if errors.RemoteEntryNotFoundError in kinds:
         return f"{page} lacks a file that this kind of model has. Take another repository"
+    if wish != "get":
+        failed = "the Hub cannot be reached. Check the connection and try again"
+        return "HF_HUB_OFFLINE is set. Start without it" if constants.HF_HUB_OFFLINE else failed
     if constants.HF_HUB_OFFLINE:
         missing = f"HF_HUB_OFFLINE is set and the cache, {cache}, does not have all of it"
         return f"{missing}. Start once without HF_HUB_OFFLINE, or name a folder with the model"

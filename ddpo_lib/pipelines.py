@@ -1,5 +1,6 @@
 """Policies on the disk: folders of diffusers' pipelines, adapters, and the thesis's .pth files."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpo_lib import adapter, hub
+from ddpo_lib import adapter, disk, hub
 from ddpo_lib.text import Text
 
 GOOD_BETAS = "num_train_timesteps of them, inside (0, 1), leaving some signal at the end"
@@ -38,7 +39,8 @@ def read(source: str, base: str | Path | None = None) -> tuple:
         unet, scheduler, text = _read_pipeline(source)
     net, schedule, betas = unet.config, scheduler.config, scheduler.betas
     learned = net.in_channels != net.out_channels or "learn" in str(schedule.get("variance_type"))
-    finite = all(value.isfinite().all() for value in unet.state_dict().values())
+    networks = [unet, text.encoder, text.vae] if text else [unet]
+    finite = all(v.isfinite().all() for net in networks for v in net.state_dict().values())
     inside = ((betas > 0) & (betas < 1)).all() and scheduler.alphas_cumprod[-1] > 0
     found = {
         "variance": "learned" if learned else "fixed",
@@ -57,7 +59,8 @@ def write(policy, folder: str | Path) -> None:
     if not isinstance(policy.unet, torch.nn.Module):
         raise ValueError("a guided policy has no network of its own: save the policy it guides")
     if adapter.is_in(policy.unet):
-        return adapter.save(policy.unet, folder)
+        adapter.save(policy.unet, folder)
+        return disk.open_to_user(Path(folder))
     parts = {"unet": policy.unet, "scheduler": policy.scheduler}
     kind = diffusers.DDPMPipeline
     if policy.text:
@@ -72,6 +75,7 @@ def write(policy, folder: str | Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # where this machine had the model
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    disk.open_to_user(Path(folder))
 
 
 def _read_pipeline(source: str) -> tuple:
@@ -89,14 +93,11 @@ def _read_pipeline(source: str) -> tuple:
         _check(source, {"pipeline": index["_class_name"]} | found)
         at = {part: folder / part if (folder / part).is_dir() else folder for part in parts}
         # Left to itself, diffusers calls a .bin file unsafe, which it yet reads weights-only.
-        options = {"use_safetensors": any(at["unet"].glob("diffusion_pytorch_model*.safetensors"))}
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        unet, report = getattr(diffusers, parts["unet"]).from_pretrained(at["unet"], **options)
-        odd = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-        if odd:  # diffusers would leave them out, with a warning or without
-            _check(source, {"weights": f"another network's, with other tensors, such as {odd[0]}"})
+        safe = any(at["unet"].glob("diffusion_pytorch_model*.safetensors"))
+        kind = getattr(diffusers, parts["unet"])
+        unet = _network(source, kind, at["unet"], ("unexpected",), use_safetensors=safe)
         if with_text:
-            return unet, *_read_text(folder, unet)
+            return unet, *_read_text(source, folder, index, unet)
         scheduler = getattr(diffusers, parts["scheduler"]).from_pretrained(at["scheduler"])
     except Unsupported:
         raise
@@ -107,14 +108,27 @@ def _read_pipeline(source: str) -> tuple:
     return unet, scheduler, None
 
 
-def _read_text(folder: Path, unet) -> tuple:
+def _network(source: str, kind: type, folder: Path, refused=(), **options):
+    """A network, of whose missing tensors the loaders say no more than a warning, if that."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    network, report = kind.from_pretrained(folder, **options)
+    if odd := [name for k in ("missing", "mismatched", *refused) for name in report[f"{k}_keys"]]:
+        _check(source, {"weights": f"another network's, with other tensors, such as {odd[0]}"})
+    return network
+
+
+def _read_text(source: str, folder: Path, index: dict, unet) -> tuple:
     """Scheduler and `Text` of a `StableDiffusionPipeline`. The pipeline mends the schedulers of old
     folders, which lack an offset or clip latents; the steps are DDIM's, whatever it names."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    networks = {}
+    for part in ("text_encoder", "vae"):  # old encoders have a tensor that is not needed
+        kind = getattr(importlib.import_module(index[part][0]), index[part][1])
+        networks[part] = _network(source, kind, folder / part)
     left_out = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     pipe = StableDiffusionPipeline.from_pretrained(
-        folder, unet=unet, requires_safety_checker=False, **left_out
+        folder, unet=unet, requires_safety_checker=False, **networks, **left_out
     )
     frozen = [part.float().requires_grad_(False).eval() for part in (pipe.text_encoder, pipe.vae)]
     return DDIMScheduler.from_config(pipe.scheduler.config), Text(pipe.tokenizer, *frozen)

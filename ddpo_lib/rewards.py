@@ -52,7 +52,8 @@ def check_images(images: torch.Tensor) -> None:
         found = f"got {_kind(images)}; of uint8 images, rewards.from_uint8 makes one"
         raise ValueError(f"expected a float tensor (N, C, H, W) in [-1, 1], {found}")
     if bad := _not_finite(images):
-        raise FloatingPointError(f"images {bad} are not finite: what drew them has diverged")
+        advice = "lower the learning rate or the guidance, or set bf16 to false"
+        raise FloatingPointError(f"images {bad} are not finite: what drew them diverges; {advice}")
     # A policy may leave [-1, 1], by far if it does not clip, but then to both sides.
     if images.numel() and images.min() >= 0 and images.max() > 10:
         found = f"{images.min():.3g} to {images.max():.3g}"
@@ -168,8 +169,8 @@ def checked(reward: Reward) -> Callable[..., torch.Tensor]:
     """The reward as the loop calls it: scores(images, prompts=None) → (N,) float32, no gradient.
 
     Lists, NumPy arrays, integers and values that carry a gradient will do. `scores` refuses images
-    as `check_images` does, and raises ValueError for anything but one finite real number per image,
-    RuntimeError where the reward itself raises.
+    as `check_images` does, and raises ValueError for anything but one real number per image,
+    FloatingPointError for one that is not finite, RuntimeError where the reward itself raises.
     """
     title, reads_prompts = f"reward {name(reward)!r}", needs_prompts(reward)
 
@@ -191,7 +192,9 @@ def checked(reward: Reward) -> Callable[..., torch.Tensor]:
             raise ValueError(f"{title} returned {_kind(values)} for {n} images: {needed}")
         values = values.detach().to(images.device, torch.float32)
         if bad := _not_finite(values[:, None]):
-            raise ValueError(f"{title} is not finite for images {bad}: {values[bad[0]]}")
+            advice = "let it return a number for every image, such as the worst"
+            said = f"{title} is not finite for images {bad}: {values[bad[0]]}"
+            raise FloatingPointError(f"{said}; {advice}")
         return values
 
     return scores

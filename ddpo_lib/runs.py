@@ -9,16 +9,14 @@ best/                 a DDPMPipeline folder of the highest reward; best.json say
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
+from ddpo_lib import disk
 from ddpo_lib.settings import Finetune
 
 
@@ -26,15 +24,15 @@ def iterations_done(home: Path) -> int:
     """Iterations that the run's last/ holds; 0 where there is none. ValueError if it is damaged."""
     if not (home / "last").exists():
         return 0
-    with whole(home / "last"):
-        return int(json.loads((home / "last" / "state.json").read_bytes())["iterations_done"])
+    with whole(home / "last", home):
+        return int(disk.read_json(home / "last" / "state.json")["iterations_done"])
 
 
 def best(home: Path) -> dict:
     """best/'s record, written with its weights: `iteration` it is of, and the `reward` of the
     development set by which it was selected."""
-    with whole(home / "best"):
-        return read_json(home / "best" / "best.json")
+    with whole(home / "best", home):
+        return disk.read_json(home / "best" / "best.json")
 
 
 def metrics(home: Path) -> list[dict]:
@@ -63,9 +61,10 @@ def metrics(home: Path) -> list[dict]:
 
 def append_metrics(home: Path, row: dict) -> None:
     """Add one line, after whatever whole lines there are."""
-    with (home / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-    _to_disk(home / "metrics.jsonl")
+    with disk.explained(home):
+        with (home / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(disk.to_json(row) + "\n")
+        disk.to_disk(home / "metrics.jsonl")
 
 
 def development(home: Path, kind: str = "development") -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +75,10 @@ def development(home: Path, kind: str = "development") -> tuple[np.ndarray, np.n
         raise ValueError(f"kind of development set {kind!r}: must be one of {kinds}")
     if not (files := _development_files(home)):
         raise ValueError(f"{home} holds no development set: finetune first")
-    names = (f"{kind}_pictures", f"{kind}_rewards")
-    sets = [[content[name] for name in names] for content in map(np.load, files)]
+    names, sets = (f"{kind}_pictures", f"{kind}_rewards"), []
+    for file in files:
+        with whole(file, home), np.load(file) as content:
+            sets.append([content[name] for name in names])
     return tuple(map(np.stack, zip(*sets, strict=True)))
 
 
@@ -87,75 +88,30 @@ def save_development(home: Path, iteration: int, sets: dict[str, tuple]) -> None
     named = {}
     for kind, (pictures, rewards) in sets.items():
         named |= {f"{kind}_pictures": pictures, f"{kind}_rewards": rewards}
-    with replacing(file) as draft, draft.open("wb") as stream:
+    with disk.replacing(file) as draft, draft.open("wb") as stream:
         np.savez_compressed(stream, **named)
 
 
 def drop_after(home: Path, iteration: int) -> None:
     """Remove metrics and development sets of later iterations: a resumed run makes them again."""
-    kept = [json.dumps(row) + "\n" for row in metrics(home) if row["iteration"] <= iteration]
-    with replacing(home / "metrics.jsonl") as draft:
+    kept = [disk.to_json(row) + "\n" for row in metrics(home) if row["iteration"] <= iteration]
+    with disk.replacing(home / "metrics.jsonl") as draft:
         draft.write_text("".join(kept), encoding="utf-8")
-    for file in _development_files(home):
-        if int(file.stem) > iteration:
-            file.unlink()
-
-
-def read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    with replacing(file) as draft:
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A draft's path; after its block, unless that raises, the draft takes the file's place. It is
-    on the disk by then: a power cut leaves the old file or the new one, and none that is empty."""
-    draft = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
-        yield draft
-        _to_disk(draft)
-        os.replace(draft, file)
-        _to_disk(file.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def hold(home: Path, wait: bool = True) -> Iterator[None]:
-    """Own the run's folder: two processes never write to it, and a killed one frees it.
-    RuntimeError if another process has it and `wait` is false."""
-    from filelock import FileLock, Timeout
-
-    with explained(home):
-        home.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(home.with_name(f".{home.name}.lock"))
-        try:
-            held = lock.acquire(timeout=1)
-        except Timeout:
-            if not wait:
-                raise RuntimeError(f"{home}: another process is at work on it") from None
-            print(f"{home}: another process is at work on it; waiting for that to end")
-            held = lock.acquire()
-    with held:
-        yield
+    with disk.explained(home):
+        for file in _development_files(home):
+            if int(file.stem) > iteration:
+                file.unlink()
 
 
 def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
     """Make the run's folder, or return to it. ValueError if it holds something else: another run,
-    a longer one, or no run at all; OSError if it cannot be written."""
-    file = home / "settings.json"
-    with explained(home):
+    a longer one, or no run at all, or is damaged; OSError if it cannot be written."""
+    file, replaced = home / "settings.json", (home / "last", home / "best")
+    with disk.explained(home):
         home.mkdir(parents=True, exist_ok=True)
+    if links := [str(folder) for folder in replaced if folder.is_symlink()]:
+        advice = f"put the folder itself there, or make a link of {home}"
+        raise ValueError(f"{links} are links, which the next checkpoint would replace: {advice}")
     if file.exists():
         try:
             stored = dict(json.loads(file.read_bytes())["identity"])
@@ -169,17 +125,35 @@ def open_folder(home: Path, identity: dict, settings: Finetune) -> None:
             raise ValueError(f"{more}: give another folder")
     elif any(not entry.name.startswith(".") for entry in home.iterdir()):
         raise ValueError(f"{home} is not empty, and no run: settings.json is missing")
-    with explained(home):
-        write_json(file, {"identity": identity, "settings": dataclasses.asdict(settings)})
-        (home / "development").mkdir(exist_ok=True)
-        for name in (".*-settings.json", ".*-metrics.jsonl", "development/.*"):
-            for draft in home.glob(name):  # of a process that was killed while it wrote
-                draft.unlink()
-        for target in (home / "last", home / "best"):
+    with disk.explained(home):
+        disk.write_json(file, {"identity": identity, "settings": dataclasses.asdict(settings)})
+        for target in replaced:
             old = target.with_name(target.name + ".previous")
             if old.exists() and not target.exists():  # a crash between `replacing_folder`'s renames
                 old.rename(target)
             shutil.rmtree(old, ignore_errors=True)
+    _check_whole(home)
+
+
+def _check_whole(home: Path) -> None:
+    """ValueError for a run that lacks some of what its checkpoint says was done."""
+    done, iterations = iterations_done(home), [row["iteration"] for row in metrics(home)]
+    begun = (home / "last").exists()
+    # A crash may leave one line more than the checkpoint knows, and two before there is one.
+    if iterations != [*range(len(iterations))] or not done + begun <= len(iterations) <= done + 2:
+        lines = f"lines of iterations {iterations}, and last/ holds {done} iterations"
+        advice = f"put back what is missing, or start again: move {home} elsewhere"
+        raise ValueError(f"{home / 'metrics.jsonl'} is damaged: it has {lines}; {advice}")
+    if begun:
+        best(home)
+
+
+def forget(home: Path) -> None:
+    """Free the folder of a run that failed before it had drawn anything, such as by its reward: the
+    mended reward makes another run."""
+    made = {"development", "metrics.jsonl", "settings.json"}
+    if not metrics(home) and {entry.name for entry in home.iterdir()} <= made:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -192,58 +166,15 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 @contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A draft folder; when its block ends without an error, it takes the target's place, as in
-    `replacing`. Its files get the permissions of the user's umask, whoever wrote them."""
-    draft, old = (target.with_name(target.name + end) for end in (".tmp", ".previous"))
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    os.umask(umask := os.umask(0))
-    for path in (*draft.rglob("*"), draft):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
-        _to_disk(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    draft.rename(target)  # `open_folder` mends a crash between these two renames
-    _to_disk(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def explained(home: Path) -> Iterator[None]:
-    """Turn an error of the disk into an OSError that says which folder it concerns, what is safe
-    and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        advice = "Make it writable, free some space, or give another folder"
-        safe = "what it holds is safe, and the next start goes on with it"
-        raise OSError(f"cannot write the run's folder {home}: {error}. {advice}; {safe}") from error
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or which files a folder has, would survive a power cut."""
-    if path.is_file() or os.name == "posix":  # elsewhere folders cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def whole(folder: Path) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint raises into a ValueError that says what to do."""
+def whole(part: Path, home: Path) -> Iterator[None]:
+    """Turn whatever a damaged part of a run raises into a ValueError that says what to do."""
     try:
         yield
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # the GPU is full, the files are all right
             raise
-        said = f"the checkpoint {folder} is damaged ({type(error).__name__}: {error})"
-        advice = f"To start the run again, move {folder.parent} elsewhere"
+        said = f"{part} is damaged ({type(error).__name__}: {error})"
+        advice = f"Put back a copy of it or, to start the run again, move {home} elsewhere"
         raise ValueError(f"{said}. {advice}") from error
 
 

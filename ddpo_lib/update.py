@@ -1,5 +1,7 @@
 """One optimizer step on the mean loss of some units. It knows no objective."""
 
+import functools
+
 import torch
 
 from ddpo_lib import memory, parallel
@@ -18,7 +20,8 @@ def update(network, optimizer, rows, loss, *, n_units, micro_batch, max_grad_nor
 
     Returns the means over all units of the loss and what is logged, the norm of the policy's
     gradient before it was rescaled to `max_grad_norm`, as that of helpers is, and the rate.
-    FloatingPointError where a norm is not finite: the weights are left as they were.
+    FloatingPointError where a norm is not finite, which names a tensor: the weights are left as
+    they were.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -36,11 +39,16 @@ def update(network, optimizer, rows, loss, *, n_units, micro_batch, max_grad_nor
     sums = parallel.add(memory.fit(network, "update", accumulate, size))
     parallel.sum_gradients(parameters)
     groups = [group["params"] for group in optimizer.param_groups]
-    norms = [torch.nn.utils.clip_grad_norm_(each, max_grad_norm) for each in groups]
-    grad_norm = norms[0].item()
-    if not all(norm.isfinite() for norm in norms):
+    clip = functools.partial(torch.nn.utils.clip_grad_norm_, error_if_nonfinite=True)
+    try:
+        grad_norm, *_ = [clip(each, max_grad_norm).item() for each in groups]
+    except RuntimeError as error:
+        grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
+        where = bad[0] if bad else "a helper, or all together,"
+        said = f"the gradient of {where} is not finite: nothing was updated"
         advice = f"Lower the learning rate ({rate:.3g}), or set bf16 to false"
-        raise FloatingPointError(f"gradient's norm {grad_norm}: nothing was updated. {advice}")
+        raise FloatingPointError(f"{said}. {advice}") from error
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
     optimizer.step()

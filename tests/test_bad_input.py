@@ -30,8 +30,10 @@ from ddpo_lib import (
     guidance,
     hub,
     inversion,
+    judges,
     log_probs,
     objectives,
+    prompts,
     rewards,
     runs,
     sampler,
@@ -386,6 +388,22 @@ entry("notebook", ValueError, begin, [
     (("58_galleries", "n_columns = 0"), "n_columns=0: must be a whole number from 1 up"),
     (("59_development_set", "n_rows = 0"), "n_rows=0: must be a whole number from 1 up"),
     (("59_development_set", "policy = 'cats'"), "unknown policy 'cats'"),
+    (("24_classifier_free_guidance", "n_points = 0"), "n_points=0: must be a whole number from 1"),
+    (("24_classifier_free_guidance", "dropped = 'some'"), "dropped='some': must be a finite"),
+    (("25_score_based_models", "n_levels = 2.5"), "n_levels=2.5: must be a whole number from 1"),
+    (("32_trust_regions_and_ppo", "clip_range = None"), "clip_range=None: must be a finite number"),
+    (("32_trust_regions_and_ppo", "n_epochs = 0"), "n_epochs=0: must be a whole number from 1 up"),
+    (("52_who_is_in_the_images", "seed = -1"), "seed=-1: must be a whole number from 0 up"),
+    (("53_without_reinforcement_learning", "n_seeds = 0"), "n_seeds=0: must be a whole number"),
+    (("53_without_reinforcement_learning", "learning_rate = ''"), "learning_rate='': must be"),
+    (("60_methods", "n_fit = -64"), "n_fit=-64: must be a whole number from 1 up"),
+    (("61_frontier", "gain = float('inf')"), "gain=inf: must be a finite number"),
+    (("62_cures", "profile = 'tyo'"), "unknown profile 'tyo'"),
+    (("62_cures", "eta = 1"), "unknown parameter ['eta']: notebook 62_cures takes"),
+    (("70_text_to_image", "n_each = 0"), "n_each=0: must be a whole number from 1 up"),
+    (("71_unseen_prompts", "prompt = 'a cat'"), "unknown parameter ['prompt']"),
+    (("73_fooling_the_judge", "profile = 3"), "unknown profile 3"),
+    (("80_claims_and_findings", "seed = 1"), "unknown parameter ['seed']"),
 ])
 
 # ------------------------------------------------------------------------------- runs
@@ -430,6 +448,12 @@ entry("finetune", ValueError, finetune, [
     ({"reward": lambda: 0}, "is no reward: a function of (images)"),
     ({"reward": "aesthetic"}, "is no reward: a function of (images)"),
     ({"reward": 3}, "is no reward: a function of (images)"),
+    ({"reward": lambda images: images.sum()}, "for 2 images: it must return one real number each"),
+    ({"reward": lambda images: [1, 2, 3]}, "for 2 images: it must return one real number each"),
+])
+
+entry("finetune on a reward that raises", RuntimeError, finetune, [
+    ({"reward": lambda images: images[99]}, "raised IndexError: index 99"),
 ])
 
 
@@ -456,6 +480,11 @@ def drop(name):
     return lambda home: (home / name).unlink()
 
 
+def link(home):
+    (home / "last").rename(home / "mine")
+    (home / "last").symlink_to("mine")
+
+
 def keep(home):
     pass
 
@@ -476,6 +505,11 @@ entry("run folder", ValueError, do, [
     (lambda w: runs.development(w.folder), "holds no development set"),
     (lambda w: runs.development(w.home, "eta0"), "'eta0': must be one of"),
     (lambda w: runs.best(w.folder), "best is damaged (FileNotFoundError"),
+    (resume(lambda home: shutil.rmtree(home / "best")), "best is damaged (FileNotFoundError"),
+    (resume(put("best/best.json", "{")), "best is damaged (JSONDecodeError"),
+    (resume(link), "last'] are links, which the next checkpoint would replace: put the folder"),
+    (resume(put("metrics.jsonl", "")), "metrics.jsonl is damaged: it has lines of iterations []"),
+    (resume(put("metrics.jsonl", '{"iteration": 1}\n')), "metrics.jsonl is damaged: it has lines"),
     (resume(keep, loop={"n_iterations": 1}), "holds 2 iterations, more than n_iterations=1"),
 ])
 
@@ -668,9 +702,6 @@ entry("reward", ValueError, do, [
     (score(lambda x: "high"), "returned str for 4 images"),
     (score(lambda x: ["a", "b", "c", "d"]), "returned list for 4 images"),
     (score(lambda x: {"score": 1}), "returned dict for 4 images"),
-    (score(lambda x: torch.tensor([0, 1, NAN, 2])), "is not finite for images [2]: nan"),
-    (score(lambda x: torch.tensor([0, -INF, 1, 2])), "is not finite for images [1]: -inf"),
-    (score(lambda x: np.array([1e300, 0, 0, 0])), "is not finite for images [0]: inf"),
     (score(lambda x, prompts: [0] * 4), "reads prompts: 4 images and 0 prompts"),
     (score(lambda: 0), "is no reward: a function of (images), or of (images, prompts), and not of"),
     (score(lambda a, b, c: 0), "and not of (a, b, c)"),
@@ -693,6 +724,13 @@ entry("reward", ValueError, do, [
 ])
 
 
+entry("reward not finite", FloatingPointError, do, [
+    (score(lambda x: torch.tensor([0, 1, NAN, 2])), "is not finite for images [2]: nan; let it"),
+    (score(lambda x: torch.tensor([0, -INF, 1, 2])), "is not finite for images [1]: -inf"),
+    (score(lambda x: np.array([1e300, 0, 0, 0])), "is not finite for images [0]: inf"),
+])
+
+
 def broken(images):
     raise KeyError("lost")
 
@@ -700,6 +738,41 @@ def broken(images):
 entry("reward that raises", RuntimeError, do, [
     (score(broken), "reward 'broken' raised KeyError: 'lost'"),
     (score(lambda x: x[99]), "raised IndexError: index 99"),
+])
+
+# ------------------------------------------------------------------------------- prompts
+
+entry("prompts", ValueError, lambda _, given: prompts.load(given[0], **given[1]), [
+    (([], {}), "no prompts: give at least one"),
+    (([""], {}), "prompt 0, '': must be a text that is not empty"),
+    ((["a cat", "  "], {}), "prompt 1, '  ': must be a text"),
+    (([3], {}), "prompt 0, 3: must be a text"),
+    (([None], {}), "prompt 0, None: must be a text"),
+    ((["a cat", "a cat"], {}), "prompt 'a cat' comes twice"),
+    (("a {animal}", {}), "has the slots ['animal'], and there are words for []"),
+    (("a {animal}", {"animal": ["cat"], "place": ["sea"]}), "words for ['animal', 'place']"),
+    (("a {animal}", {"animal": []}), "no prompts: give at least one"),
+    (("a {animal}", {"animal": ["cat", "cat"]}), "prompt 'a cat' comes twice"),
+    (("cats.txt", {"animal": ["cat"]}), "'cats.txt' has the slots [], and words for ['animal']"),
+])
+
+entry("prompts' file", FileNotFoundError, lambda _, name: prompts.load(name), [
+    ("cats.txt", "cats.txt"), ("no/such/file", "no/such/file"),
+])
+
+entry("judge", ImportError, do, [
+    (lambda w: judges.image_reward(), "needs the package ImageReward, which cannot be imported"),
+    (lambda w: judges.human_preference(), "pip install hpsv2"),
+])
+
+entry("judge's model", FileNotFoundError, do, [
+    (lambda w: judges.pick_score("nobody/nothing"), "cannot get 'nobody/nothing', the id of"),
+])
+
+entry("judge's prompts", ValueError, do, [
+    (lambda w: rewards.checked(judges.clip_alignment(w.clip))(w.images), "2 images and 0 prompts"),
+    (lambda w: rewards.checked(judges.clip_alignment(w.clip))(w.images, ["a cat"]),
+     "reads prompts: 2 images and 1 prompts"),
 ])
 
 # ------------------------------------------------------------------------------- sampling
@@ -765,7 +838,8 @@ entry("sampler", ValueError, do, [
     (lambda w: inversion.invert(w.policy, w.x_T, T, n_evaluations=1.5), "n_evaluations=1.5: must"),
     (lambda w: inversion.invert(w.policy, torch.zeros(1, 1, 8, 8), T), "does not fit a policy of"),
     (lambda w: inversion.invert(w.policy, w.x_T, 0), "n_steps=0: must be a whole number"),
-    (lambda w: guidance.guide(w.policy, brightness, -1), "scale=-1: gamma must be a number from 0"),
+    (lambda w: guidance.guide(w.policy, brightness, -1), "scale=-1: gamma must be from 0 to 1e6"),
+    (lambda w: guidance.guide(w.policy, brightness, 1e30), "scale=1e+30: gamma must be from 0 to"),
     (lambda w: guidance.guide(w.policy, brightness, INF), "scale=inf: gamma must be"),
     (lambda w: guidance.guide(w.policy, brightness, NAN), "scale=nan: gamma must be"),
     (slope(lambda x: x.sum()), "returned shape () for 2 images: it must be shape (2,)"),
@@ -895,6 +969,11 @@ entry("command", SystemExit, command, [
     ("book.batch adopt tyo", "Nothing was done: unknown profile 'tyo'"),
     ("book.batch failure no/such.log", "Nothing was done: "),
     ("book.batch failure no/such.log", "no/such.log"),
+    ("book.reproduce", "the following arguments are required: profile"),
+    ("book.reproduce tyo", "Nothing was done: unknown profile 'tyo'"),
+    ("book.reproduce tyo --seeds", "Nothing was done: unknown profile 'tyo'"),
+    ("book.reproduce toy --cores 0", "Nothing was done: cores=0: must be"),
+    ("book.reproduce toy --seed 3", "unrecognized arguments: 3"),
     ("book.finetuning", "the following arguments are required: profile, policy, task"),
     ("book.finetuning toy faces", "the following arguments are required: task"),
     ("book.finetuning tyo faces aesthetic", "Nothing was run: unknown profile 'tyo'"),
@@ -909,8 +988,8 @@ entry("command", SystemExit, command, [
     ("book.finetuning toy faces aesthetic --eta 1", "unrecognized arguments: --eta"),
     ("book.finetuning thesis faces aesthetic", "HF_HUB_OFFLINE is set"),
     ("book.seeds", "the following arguments are required: profile"),
-    ("book.seeds tyo", "Nothing was done: unknown profile 'tyo'"),
-    ("book.seeds toy", "Nothing was done: no run of profile toy is finished"),
+    ("book.seeds tyo", "Not done: unknown profile 'tyo'"),
+    ("book.seeds toy", "Not done: no run of profile toy is finished"),
     ("book.seeds toy 3", "unrecognized arguments: 3"),
     ("toy.make dogs", "unknown: dogs; choose from faces, churches"),
     ("toy.make faces --help", "unknown: --help; choose from faces"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -38,6 +39,14 @@ def test_batch_runs_every_notebook_with_its_parameters(root):
     for notebook in batch.contents():
         assert f"notebooks/{notebook}.ipynb -p profile toy " in planned
     assert not (root / "data").exists()  # a look
+
+
+def test_nothing_reaches_a_shell_unquoted():
+    """But for a seed, which is a whole number."""
+    text = (paths.ROOT / "Snakefile").read_text(encoding="utf-8")
+    placeholders = re.findall(r"\{(?:input|output|log|params)[^{}]*\}", text)
+    assert len(placeholders) > 8 and "{{params.{name}:q}}" in text
+    assert {each for each in placeholders if not each.endswith(":q}")} == {"{params.seed}"}
 
 
 def test_contents_name_every_notebook_and_what_it_saves():
@@ -264,6 +273,25 @@ def test_adopt_takes_outputs_of_notebooks_that_ran_as_they_are(pages):
     assert outputs("52_b") == outputs("53_c") == [[], [], []]
 
 
+def test_adopted_notebook_is_whole_or_as_it_was(pages, monkeypatch):
+    pages(**{"50_finetune": "50", "51_a": "51"})
+    execute("51_a")
+    file = paths.NOTEBOOKS / "51_a.ipynb"
+    before = file.read_bytes()
+
+    def fail(notebook, target):
+        Path(target).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nbformat, "write", fail)
+    with pytest.raises(OSError, match="cannot write .*No space left on device.* free some space"):
+        batch.adopt("toy")
+    assert file.read_bytes() == before
+    assert sorted(each.name for each in paths.NOTEBOOKS.iterdir()) == [
+        "50_finetune.ipynb", "51_a.ipynb", "contents.yaml",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -321,6 +349,32 @@ def test_failure_names_the_notebook_its_cell_and_its_error_in_a_few_lines(pages)
     assert said[0].startswith("51_a failed in cell ") and said[1] == "    x = 1"
     assert "ZeroDivisionError: division by zero" in said
     assert said[-1].endswith("51_a.ipynb")
+
+
+def test_old_figures_stay_where_a_notebook_fails(tmp_path):
+    """In a copy of the project with one notebook."""
+    project, out = tmp_path / "project", tmp_path / "out"
+    for name in ("ddpo_lib", "config"):
+        shutil.copytree(paths.ROOT / name, project / name)
+    (project / "data").symlink_to(paths.DATA)
+    (project / "notebooks").mkdir()
+    (project / "notebooks/contents.yaml").write_text("20_a: {seconds: 1, makes: [extra_20_a]}\n")
+    cells = [nbformat.v4.new_code_cell("# Parameters\nprofile = 'toy'"), *map(
+        nbformat.v4.new_code_cell, ("fine = 1", "fine / 0")
+    )]  # fmt: skip
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "notebooks/20_a.ipynb")
+    old = {out / f"figures/smoke/extra_20_a.{kind}": f"an old {kind}" for kind in ("png", "pdf")}
+    for file, text in old.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        os.utime(file, (1e9, 1e9))
+    env = {"DDPO_ROOT": str(out), "PYTHONPATH": str(project)}
+    options = ["--config", "profile=smoke", "--quiet", "host"]
+    said = r"20_a failed in cell \d+, which begins\n    fine / 0"
+    with pytest.raises(AssertionError, match=said):
+        snakemake(*options, cwd=project, env=env)
+    assert {file: file.read_text() for file in old} == old
 
 
 def test_failure_without_an_executed_notebook_is_the_end_of_its_log(tmp_path):

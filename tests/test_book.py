@@ -1,6 +1,7 @@
 """What the book makes of runs: their folders, their evaluation, their model cards."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,11 @@ import pytest
 import torch
 import yaml
 
-from ddpo_lib import diversity, encoders, evaluation, finetune, hub, rewards, runs, sampler
+from ddpo_lib import disk, diversity, encoders, evaluation, finetune, hub, rewards, runs, sampler
 from ddpo_lib import policy as policies
 from ddpo_lib.book import finetuning, model_cards, notebook, paths, profiles, results, seeds
 from ddpo_lib.book.profiles import Evaluation, Profile
+from ddpo_lib.toy import alignment, biased
 
 SETTINGS = {
     "n_iterations": 2,
@@ -36,6 +39,18 @@ SETTINGS = {
 
 def brightness(images):
     return images.mean((1, 2, 3))
+
+
+def total(images):
+    return images.sum()
+
+
+def hole(images):
+    return brightness(images) * math.nan
+
+
+def lost(images):
+    raise KeyError("lost")
 
 
 def embed(pictures, clip):
@@ -76,12 +91,15 @@ def untrained(monkeypatch):
     def pretend(policy, reward, objective, settings, home, **options):
         calls.append(home.name)
         runs.open_folder(home, {}, settings)
-        state = {"iterations_done": settings.n_iterations}
-        (home / "last").mkdir(exist_ok=True)
-        runs.write_json(home / "last" / "state.json", state)
+        lines = [json.dumps({"iteration": i}) + "\n" for i in range(settings.n_iterations + 1)]
+        (home / "metrics.jsonl").write_text("".join(lines))
+        for name in ("last/state", "best/best"):
+            (home / name).parent.mkdir(exist_ok=True)
+            disk.write_json(home / f"{name}.json", {"iterations_done": settings.n_iterations})
 
     monkeypatch.setattr(finetuning.loop, "finetune", pretend)
-    monkeypatch.setattr(finetuning, "load_policy", lambda run: None)
+    blank = types.SimpleNamespace(image_shape=(3, 8, 8), text=None)
+    monkeypatch.setattr(finetuning, "load_policy", lambda run: blank)
     monkeypatch.setattr(model_cards, "save", lambda home: None)
     return calls
 
@@ -204,6 +222,28 @@ def test_only_the_models_of_the_runs_own_reward_count(profile, untrained, monkey
     (age / "model.safetensors").write_bytes(b"new")
     assert finetuning.finetune(jpeg).name == "tiny-smaller-s0"
     assert finetuning.finetune(older).name == "tiny-older-s0-2"
+
+
+def test_models_that_a_toy_reward_reads_count(profile, untrained, tmp_path, monkeypatch):
+    """A run that is older than the entry has what there is."""
+    weights = {name: tmp_path / f"{name}.safetensors" for name in ("clip", "biased")}
+    for file in weights.values():
+        file.write_bytes(b"old")
+    monkeypatch.setattr(biased.score, "models", {n: str(f) for n, f in weights.items()})
+    run = profile.run("tiny", "own", "ddpo_lib.toy.biased:score")
+    record = finetuning.finetune(run) / "profile.json"
+    content = json.loads(record.read_text())
+    assert content["models"].keys() == {"policy", "clip", "biased"}
+    weights["biased"].write_bytes(b"new")
+    assert finetuning.home(run).name == "tiny-own-s0-2"
+    del content["models"]["biased"], content["models"]["clip"]
+    disk.write_json(record, content)
+    assert finetuning.home(run).name == "tiny-own-s0"
+
+
+@pytest.mark.parametrize("reward", [biased.score, alignment.reward])
+def test_toy_rewards_name_models_that_are_there(reward):
+    assert reward.models and all(Path(source).is_dir() for source in reward.models.values())
 
 
 A, B = "a" * 40, "b" * 40
@@ -344,6 +384,9 @@ def test_damaged_record_is_named(run, untrained, text):
         ({"estimator": "sf"}, "one update per rollout"),
         ({"n_steps": 5000}, "n_steps=5000"),
         ({"source": "/nowhere"}, "/nowhere"),
+        ({"reward": f"{__name__}:total"}, "must return one real number each"),
+        ({"reward": f"{__name__}:hole"}, "is not finite for images"),
+        ({"reward": f"{__name__}:lost"}, "raised KeyError"),
     ],
 )
 def test_what_cannot_run_leaves_nothing_behind(profile, change, error):
@@ -352,7 +395,8 @@ def test_what_cannot_run_leaves_nothing_behind(profile, change, error):
     run = profile.run("tiny", "smaller", **change)
     if source:
         run = dataclasses.replace(run, source=source)
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
+    kinds = (ValueError, FileNotFoundError, RuntimeError, FloatingPointError)
+    with pytest.raises(kinds, match=error):
         finetuning.finetune(run)
     assert not [file for file in files(paths.RUNS) if file.suffix != ".lock"]
     assert not finetuning.begun(run)
@@ -424,9 +468,51 @@ def test_library_refuses_a_folder_with_another_identity(run, profile):
     home = finetuning.finetune(run)
     stored = json.loads((home / "settings.json").read_text())
     stored["identity"]["seed"] = 5
-    runs.write_json(home / "settings.json", stored)
+    disk.write_json(home / "settings.json", stored)
     with pytest.raises(ValueError, match="seed 5 → 0"):
         finetuning.finetune(profile.run("tiny", "smaller", n_iterations=3))
+
+
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, (8, 12))])
+def test_images_that_clip_cannot_see_have_no_vendi_score(
+    profile, new_policy, tmp_path, monkeypatch, channels, size
+):
+    policies.save(new_policy(widths=(8,), channels=channels, size=size), tmp_path / "pretrained")
+    monkeypatch.setattr(diversity, "embed", None)
+    run = profile.run("tiny", "smaller", n_iterations=1)
+    home = finetuning.finetune(run)
+    assert not [name for row in runs.metrics(home) for name in row if "vendi" in name]
+    result = results.finish(profile, run)
+    text = (home / "evaluation.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == result
+    assert {result[eta][name] for eta in ("eta0", "eta1") for name in VENDI} == {None}
+    assert "Vendi score, evaluation" not in (home / "best/README.md").read_text(encoding="utf-8")
+    table = seeds.table(dataclasses.replace(profile, runs=[{"policy": "tiny", "task": "smaller"}]))
+    assert list(table.columns) == seeds.COLUMNS
+
+
+VENDI = ("before_vendi", "vendi", "vendi_ratio")
+
+
+def test_effect_where_all_rewards_were_equal_is_null(profile, run, monkeypatch):
+    pictures = np.zeros((5, 8, 8, 3), np.uint8)
+    monkeypatch.setattr(results, "sets", lambda *_: [pictures, pictures + np.uint8(9)])
+    assert results.measure(profile, run, 0.0, "clip")["effect_size"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_command_line_quietly(monkeypatch, capsys, number):
+    """What is kept has been said by the loop."""
+    monkeypatch.setattr(sys, "argv", ["finetuning", "smoke", "faces", "compressibility"])
+    monkeypatch.setattr(finetuning, "finetune", lambda run: os.kill(os.getpid(), number))
+    monkeypatch.setattr(results, "finish", lambda *_: pytest.fail("it went on"))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            finetuning.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 
 def test_command_line_finetunes_and_evaluates(root):
@@ -594,7 +680,7 @@ def test_finish_scores_the_best_checkpoint_and_completes_the_run(profile, run, n
     assert not finetuning.is_complete(run)
     best = new_policy(seed=5, widths=(8,))
     policies.save(best, home / "best")
-    runs.write_json(home / "best" / "best.json", {"iteration": 1, "reward": 0.0})
+    disk.write_json(home / "best" / "best.json", {"iteration": 1, "reward": 0.0})
 
     result = results.finish(profile, run)
 
@@ -637,8 +723,8 @@ def test_two_may_finish_at_once(profile, run):
     home = finetuning.finetune(run)
     results.finish(profile, run)
     code = (
-        "import sys; from pathlib import Path; from ddpo_lib import runs\n"
-        "for i in range(300): runs.write_json(Path(sys.argv[1]) / 'evaluation.json', {'i': i})"
+        "import sys; from pathlib import Path; from ddpo_lib import disk\n"
+        "for i in range(300): disk.write_json(Path(sys.argv[1]) / 'evaluation.json', {'i': i})"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, home]) for _ in range(2)]
     while any(each.poll() is None for each in both):
@@ -818,12 +904,46 @@ def test_card_of_a_hub_policy_names_base_commit_and_licence(run):
     record = json.loads((home / "profile.json").read_text())
     record["models"]["policy"] = f"google/ddpm-church-256@{A}"
     record["reward"] = "redness"
-    runs.write_json(home / "profile.json", record)
+    disk.write_json(home / "profile.json", record)
     model_cards.save(home)
     metadata, _, body = card(home)
     assert (metadata["base_model"], metadata["license"]) == ("google/ddpm-church-256", "apache-2.0")
     assert f"`google/ddpm-church-256`, commit `{A}`" in body
     assert "- **Reward:** `redness`\n" in body
+
+
+def test_card_names_no_folder_of_this_machine(run):
+    home = finetuning.finetune(run)
+    record = json.loads((home / "profile.json").read_text())
+    disk.write_json(home / "profile.json", record | {"base": "/home/me/secret/faces"})
+    model_cards.save(home)
+    text = (home / "best" / "README.md").read_text(encoding="utf-8")
+    assert "/home" not in text and "secret" not in text
+    assert "# faces finetuned with" in text and "- **Base:** `faces`\n" in text
+
+
+@pytest.mark.parametrize("kind", ["card", "evaluation.json", "evaluation.npz", "profile.json"])
+def test_full_disk_is_one_line_with_the_path(profile, run, monkeypatch, tmp_path, kind):
+    home = finetuning.finetune(run)
+    before = files(home)
+    cache = tmp_path / "new/evaluation.npz"
+    calls = {
+        "card": lambda: model_cards.save(home),
+        "evaluation.json": lambda: disk.write_json(home / "evaluation.json", {}),
+        "evaluation.npz": lambda: results.pictures(run.source, profile.evaluation, cache, False),
+        "profile.json": lambda: finetuning.finetune(profile.run("tiny", "larger")),
+    }
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError) as caught:
+        calls[kind]()
+    said, place = str(caught.value), tmp_path if kind == "evaluation.npz" else paths.RUNS
+    assert "cannot write" in said and str(place) in said and "No space left" in said
+    assert said.count("free some space") == 1 and "\n" not in said
+    assert files(home) == before
 
 
 def test_card_that_is_missing_is_written_when_the_run_is_returned(run):

@@ -186,6 +186,16 @@ def test_worlds_and_figures_keep_their_own_entries(folder):
     assert manifest()[0]["seed"] is None
 
 
+def test_full_disk_is_one_line_with_the_path(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=f"cannot write {folder}.*No space left.*free some space"):
+        figures.save_table(pd.DataFrame(), "table_1_0", PAGE)
+    assert not [file for file in folder.rglob("*") if file.is_file()]
+
+
 def test_notebooks_that_save_side_by_side_keep_each_others_entries(folder, monkeypatch):
     figures.save_table(pd.DataFrame(), "table_1_0", PAGE)
     loads = json.loads

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
-from ddpo_lib import checkpoints, diversity, rewards, runs, sampler
+from ddpo_lib import checkpoints, disk, diversity, rewards, runs, sampler, watch
 from ddpo_lib import finetune as loop
 from ddpo_lib import policy as policies
 from ddpo_lib.objectives import ddpo
@@ -306,7 +306,7 @@ def test_bf16_run_resumes_to_the_bit(finetune, brightness):
 
 
 WRITES = [
-    (runs, "write_json", 1), (runs, "write_json", 2), (runs, "append_metrics", 1),
+    (disk, "write_json", 1), (disk, "write_json", 2), (runs, "append_metrics", 1),
     (runs, "append_metrics", 3), (runs, "save_development", 1), (runs, "save_development", 2),
     (checkpoints, "save_best", 1), (checkpoints, "save_best", 2), (checkpoints, "save_last", 1),
     (checkpoints, "save_last", 3),
@@ -468,13 +468,38 @@ def test_vendi_scores_are_recorded_and_a_collapse_is_said_once(finetune, brightn
     )
     said = "iteration 2: the training sampler's Vendi score fell from 2.00 to 1.00"
     assert "fell" not in capsys.readouterr().out  # half of it is not under half
-    counter, threshold = itertools.count(), loop.COLLAPSED
+    counter, threshold = itertools.count(), watch.COLLAPSED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "COLLAPSED", 0.6)
+        patch.setattr(watch, "COLLAPSED", 0.6)
         again = finetune("again", embed=embed)
     out = capsys.readouterr().out
     assert out.count(said) == 1 and out.count("fell") == 1 and threshold == 0.5
     assert_same(again, everything(home))
+
+
+def rows_of(**columns):
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (rows_of(stochastic_spread=[1.0, 0.6, 0.4]), "spread fell from 1.00 to 0.40: its images"),
+        (rows_of(stochastic_vendi=[4.0, 2.0, 1.9]), "Vendi score fell from 4.00 to 1.90: its"),
+        (
+            rows_of(kl=[None, 10.0, 1001.0]),
+            "KL 1001 nats: the policy runs away, lower the learning",
+        ),
+        (rows_of(stochastic_spread=[1.0, 0.4, 0.3]), None),  # said before
+        (rows_of(stochastic_spread=[1.0, 0.5, 0.5]), None),
+        (rows_of(kl=[None, 1001.0, 2000.0]), None),
+        (rows_of(kl=[None, 10.0, None]), None),  # not a number
+        (rows_of(reward_mean=[0.0, 1.0]), None),
+    ],
+)
+def test_collapse_and_divergence_are_said_when_they_begin(rows, said):
+    found = watch.warnings(rows)
+    assert (said in found[0] and len(found) == 1) if said else not found
 
 
 def test_what_is_recorded_of_diversity_decides_nothing(finetune):
@@ -587,7 +612,8 @@ def test_helper_that_learns_resumes_to_the_bit(finetune, brightness):
 def test_nan_reward_stops_the_run_and_loses_nothing(finetune, brightness, tmp_path):
     expected = everything(finetune("unbroken"))
     brightness.calls, brightness.nan_at = 0, 5  # the rollout of iteration 2
-    with pytest.raises((ValueError, FloatingPointError), match=r"not finite .*\[1\]"):
+    said = r"iteration 2: .*not finite .*\[1\]: nan; let it return .*the checkpoint of iteration 1"
+    with pytest.raises(FloatingPointError, match=said):
         finetune()
     assert runs.iterations_done(tmp_path / "run") == 1
     brightness.nan_at = None
@@ -621,6 +647,69 @@ def test_diverged_policy_never_becomes_best_or_last(finetune, tmp_path, monkeypa
     )
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x.sum(), lambda x: x[99], lambda x: x.mean((1, 2)) * torch.nan]
+)
+def test_reward_that_fails_at_once_leaves_the_folder_to_the_mended_one(finetune, tmp_path, wrong):
+    with pytest.raises((ValueError, RuntimeError, FloatingPointError)):
+        finetune(reward=wrong, n_iterations=1)
+    assert not (tmp_path / "run").exists()
+    assert runs.iterations_done(finetune(n_iterations=1)) == 1
+
+
+def test_what_others_left_in_the_folder_stays_where_the_reward_fails_at_once(finetune, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.notes").write_text("mine")
+    with pytest.raises(ValueError, match="it must return one real number"):
+        finetune(reward=lambda images: images.sum(), n_iterations=1)
+    assert (tmp_path / "run/.notes").exists()
+
+
+def test_gradient_that_is_not_finite_names_tensor_and_update(finetune, monkeypatch):
+    loss = ddpo.loss
+
+    def broken(*arguments):
+        value, logged = loss(*arguments)
+        return value * torch.inf, logged
+
+    monkeypatch.setattr(ddpo, "loss", broken)
+    said = (
+        r"iteration 1: update 0: the gradient of \S+ is not finite: nothing was updated. Lower the "
+        r"learning rate \(0.001\), .* keeps the checkpoint of iteration 0"
+    )
+    with pytest.raises(FloatingPointError, match=said):
+        finetune(n_iterations=1)
+
+
+def test_helper_that_is_not_finite_replaces_no_checkpoint(finetune, monkeypatch):
+    """Its NaN would come back with every resume."""
+    objective, iterate = learned_baseline(), loop.iterate
+
+    def spoiled(training, iteration):
+        done = iterate(training, iteration)
+        if iteration == 2:
+            training.helpers.weight.data.fill_(torch.nan)
+        return done
+
+    home = finetune(objective=objective, n_iterations=1)
+    monkeypatch.setattr(loop, "iterate", spoiled)
+    with pytest.raises(
+        FloatingPointError, match="iteration 2: weights .* the helpers' weight: low"
+    ):
+        finetune(objective=objective, n_iterations=2)
+    assert runs.iterations_done(home) == 1
+    assert load_file(home / "last/helpers.safetensors")["weight"].isfinite().all()
+
+
+def test_development_set_is_drawn_in_micro_batches(finetune, monkeypatch):
+    sizes, sample = [], sampler.sample
+    monkeypatch.setattr(
+        sampler, "sample", lambda *a, **k: sizes.append(k["batch_size"]) or sample(*a, **k)
+    )
+    finetune(n_iterations=1, n_development=5, micro_batch=2)
+    assert sizes == [2] * 4  # by two samplers, before and after
+
+
 def test_reward_that_cannot_tell_samples_apart_is_said_to_teach_nothing(finetune, capsys):
     finetune(reward=lambda images: torch.zeros(len(images)), n_iterations=1)
     written = capsys.readouterr()
@@ -637,7 +726,7 @@ def test_folder_that_is_no_run_is_left_alone(finetune, tmp_path):
 
 def test_unwritable_folder_is_one_clear_error(finetune, tmp_path):
     (tmp_path / "file").write_text("in the folder's place")
-    with pytest.raises(OSError, match=r"cannot write the run's folder .*give another folder"):
+    with pytest.raises(OSError, match=r"cannot write .*file/run: .*give another folder"):
         finetune("file/run")
 
 

@@ -60,8 +60,30 @@ def test_files_and_functions_are_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{file}: {node.name}"
-    limits = {"library": 3150, "objectives": 900, "book": 2140, "diagrams": 320}
+    limits = {"library": 3285, "objectives": 900, "book": 2170, "diagrams": 320}
     assert all(sizes[name] <= limit for name, limit in limits.items()), sizes
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_text_is_utf_8_whatever_the_locale(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) in ("os.open", "Image.open"):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        binary = any(ast.unparse(each) in ("'rb'", "'wb'") for each in node.args)
+        if name in ("read_text", "write_text") or (name in ("open", "fdopen") and not binary):
+            told = {word.arg for word in node.keywords}
+            assert "encoding" in told, f"{file}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_are_written_whole_or_not_at_all(file):
+    """As drafts of `disk.replacing`, but for what goes to a folder that is itself a draft."""
+    if file.name in ("pipelines.py", "site.py") or part(file) == "toy" and file.stem != "make":
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr in ("write_text", "write_bytes"):
+            assert ast.unparse(node.value) == "draft", f"{file}:{node.lineno}"
 
 
 def test_imports_are_cheap():

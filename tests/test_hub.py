@@ -389,6 +389,15 @@ def test_too_many_requests_say_what_to_do():
         raise error
 
 
+@pytest.mark.parametrize("offline, advice", [(True, "Start without it"), (False, "try again")])
+def test_what_cannot_be_sent_is_not_a_matter_of_the_cache(monkeypatch, offline, advice):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    said = pytest.raises(FileNotFoundError, match=f"cannot send to 'me/it'.*{advice}")
+    with said as caught, hub.explained("me/it", "send to"):
+        raise ConnectionError("offline")
+    assert "cache" not in str(caught.value)
+
+
 def test_repository_without_the_files_says_so(online):
     with pytest.raises(FileNotFoundError, match="/tiny/church lacks a file"):
         encoders.load_age_classifier("tiny/church")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpo_lib import disk, parallel, runs
 from ddpo_lib import finetune as loop
-from ddpo_lib import parallel, runs
 from ddpo_lib import policy as policies
 from ddpo_lib.settings import Finetune
 
@@ -105,7 +105,7 @@ def test_two_processes_finetune_as_one_does(tmp_path, new_policy, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     loop.finetune(start, own_reward.brightness, "ddpo", Finetune(**SETTINGS), one)
 
-    with runs.hold(tmp_path / "held"):
+    with disk.locked(tmp_path / "held"):
         errors, code = torchrun(tmp_path, json.dumps(SETTINGS))
 
     results = [tmp_path / f"refusals-{rank}.json" for rank in (0, 1)]
@@ -125,7 +125,7 @@ def test_two_processes_finetune_as_one_does(tmp_path, new_policy, monkeypatch):
     assert code != 0
     assert "reward 'broken' is not finite" in errors
     assert [row["iteration"] for row in runs.metrics(tmp_path / "broken")] == [0]
-    with runs.hold(tmp_path / "broken", wait=False):
+    with disk.locked(tmp_path / "broken", wait=False):
         pass
 
 

@@ -1,6 +1,7 @@
 """Timesteps and transition against diffusers' own DDIM; what loads, is refused and is saved."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -407,6 +408,18 @@ def test_saved_policy_loads_here_and_in_plain_diffusers(new_policy, tmp_path):
     assert not ours.unet.training
     assert not ours.bf16
     assert (tmp_path / "p/unet/diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_saved_files_have_the_users_permissions(new_policy, tmp_path, umask, mode):
+    """Which safetensors does not ask for."""
+    old = os.umask(umask)
+    try:
+        policies.save(new_policy(widths=(8,)), tmp_path / "p")
+    finally:
+        os.umask(old)
+    files = [file for file in (tmp_path / "p").rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
 
 
 def test_saved_folder_names_no_path_of_this_machine(policy, tmp_path):

@@ -69,6 +69,26 @@ def alive(process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_stopped_batch_says_that_what_is_done_is_kept(monkeypatch, capsys, name):
+    """The batch itself sends the signal, as its first and last act."""
+    code = f"import os, signal, time; os.kill(os.getppid(), signal.{name}); time.sleep(600)"
+    monkeypatch.setattr(sys, "argv", ["reproduce", "smoke"])
+    monkeypatch.setattr(reproduce.batch, "plan", lambda *_: "a plan")
+    monkeypatch.setattr(reproduce, "snakemake", lambda *_: [sys.executable, "-c", code])
+    before = [signal.getsignal(each) for each in reproduce.SIGNALS]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            reproduce.main()
+    finally:
+        for each, handler in zip(reproduce.SIGNALS, before, strict=True):
+            signal.signal(each, handler)
+    assert ended.value.code == 130
+    assert (
+        "Stopped. What is done is kept; start it again, and it goes on." in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_status_is_the_batchs(status):
     assert reproduce.run([sys.executable, "-c", f"import sys; sys.exit({status})"]) == status

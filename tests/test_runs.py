@@ -1,7 +1,10 @@
 """A run's folder: identity, metrics, checkpoints, and what a crash leaves behind."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_lib import checkpoints, identity, runs
+from ddpo_lib import checkpoints, disk, identity, runs
 from ddpo_lib import policy as policies
 from ddpo_lib.settings import Finetune
 
@@ -59,9 +62,9 @@ def test_other_run_is_refused_and_nothing_changes(home, identity, message):
 def test_setting_that_is_younger_than_the_run_had_its_default(home):
     stored = json.loads((home / "settings.json").read_text())
     del stored["identity"]["settings"]["timestep_fraction"]
-    runs.write_json(home / "settings.json", stored)
+    disk.write_json(home / "settings.json", stored)
     runs.open_folder(home, IDENTITY, SETTINGS)
-    runs.write_json(home / "settings.json", stored)
+    disk.write_json(home / "settings.json", stored)
     with pytest.raises(ValueError, match="timestep_fraction 1.0 → 0.5"):
         runs.open_folder(home, changed(timestep_fraction=0.5), SETTINGS)
 
@@ -78,20 +81,43 @@ def test_second_process_waits_until_the_first_is_done(tmp_path, capsys):
     home, order = tmp_path / "mine", []
 
     def second():
-        with runs.hold(home):
+        with disk.locked(home):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with runs.hold(home):
+    with disk.locked(home):
         thread.start()
         thread.join(timeout=1.5)
         order.append("first")
         busy = pytest.raises(RuntimeError, match="another process is at work")
-        with busy, runs.hold(home, wait=False):
+        with busy, disk.locked(home, limit=1):
             pass
     thread.join(timeout=10)
     assert order == ["first", "second"]
     assert "another process is at work on it" in capsys.readouterr().out
+
+
+def test_lock_has_a_word_and_a_limit(tmp_path, capsys):
+    """Nothing waits without saying so, and what takes a moment does not wait for ever."""
+    file, held = tmp_path / "manifest.json", threading.Event()
+
+    def keep():
+        with disk.locked(file):
+            held.set()
+            done.wait(10)
+
+    done = threading.Event()
+    thread = threading.Thread(target=keep)
+    thread.start()
+    held.wait(10)
+    busy = pytest.raises(
+        RuntimeError, match="manifest.json: another process is at work on it: wait"
+    )
+    with busy, disk.locked(file, limit=1.1):
+        pass
+    done.set()
+    thread.join()
+    assert "manifest.json: another process is at work on it; waiting" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["runs", "runs/mine"])
@@ -101,8 +127,8 @@ def test_unwritable_folder_is_one_clear_error(tmp_path, where):
     obstacle.parent.mkdir(parents=True, exist_ok=True)
     obstacle.write_text("in the way")
     home = tmp_path / "runs/mine"
-    refused = pytest.raises(OSError, match=r"cannot write the run's folder .*mine: ")
-    with refused, runs.hold(home):
+    refused = pytest.raises(OSError, match=r"cannot write .*mine: ")
+    with refused, disk.locked(home):
         runs.open_folder(home, IDENTITY, SETTINGS)
 
 
@@ -139,6 +165,132 @@ def test_damage_in_the_middle_is_named_and_not_dropped(tmp_path):
         runs.metrics(tmp_path)
 
 
+def last_of(home, done, **best):
+    """last/ and best/ as far as the folder's check looks."""
+    for name, content in {
+        "last/state.json": {"iterations_done": done, "sha256": {}},
+        "best/best.json": {"iteration": 0, "reward": 0.5} | best,
+    }.items():
+        (home / name).parent.mkdir(exist_ok=True)
+        disk.write_json(home / name, disk.sealed(content))
+
+
+@pytest.mark.parametrize(
+    "lines, whole",
+    [
+        ((0, 1, 2, 3), True), ((0, 1, 2, 3, 4), True),  # the last is a crash's, and made again
+        ((0, 1, 2), False), ((0, 1, 3), False), ((1, 2, 3), False), ((), False),
+        ((0, 1, 2, 3, 4, 5), False), ((0, 1, 2, 2, 3), False),
+    ],
+)  # fmt: skip
+def test_lines_that_are_missing_are_noticed(home, lines, whole):
+    for i in lines:
+        runs.append_metrics(home, {"iteration": i})
+    last_of(home, 3)
+    if whole:
+        return runs.open_folder(home, IDENTITY, SETTINGS)
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: .*last/ holds 3 .*put back"):
+        runs.open_folder(home, IDENTITY, SETTINGS)
+
+
+@pytest.mark.parametrize("n_lines, whole", [(0, True), (1, True), (2, True), (3, False)])
+def test_lost_last_is_noticed(home, n_lines, whole):
+    """A crash before the first checkpoint leaves no more than two lines."""
+    for i in range(n_lines):
+        runs.append_metrics(home, {"iteration": i})
+    if whole:
+        return runs.open_folder(home, IDENTITY, SETTINGS)
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: .*last/ holds 0 iterations"):
+        runs.open_folder(home, IDENTITY, SETTINGS)
+
+
+@pytest.mark.parametrize("damage", ["missing", "iteration", "reward"])
+def test_best_that_is_missing_or_changed_is_named_at_once(home, damage):
+    for i in (0, 1):
+        runs.append_metrics(home, {"iteration": i})
+    last_of(home, 1)
+    file = home / "best/best.json"
+    if damage == "missing":
+        file.unlink()
+    else:
+        disk.write_json(file, json.loads(file.read_text()) | {damage: 7})
+    with pytest.raises(ValueError, match=r"best is damaged .*Put back a copy of it or, to start"):
+        runs.open_folder(home, IDENTITY, SETTINGS)
+
+
+def test_one_changed_digit_of_the_position_is_noticed(home):
+    last_of(home, 12)
+    assert runs.iterations_done(home) == 12
+    file = home / "last/state.json"
+    file.write_text(file.read_text().replace('"iterations_done": 12', '"iterations_done": 13'))
+    with pytest.raises(ValueError, match="last is damaged .*not what was written"):
+        runs.iterations_done(home)
+
+
+def test_older_records_have_no_checksum(home):
+    """And are read as they are."""
+    (home / "last").mkdir()
+    disk.write_json(home / "last/state.json", {"iterations_done": 3})
+    assert runs.iterations_done(home) == 3
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_link_in_a_checkpoints_place_is_refused(home, tmp_path, name):
+    """Its target would lose the checkpoint's name at the next replacement."""
+    (tmp_path / "elsewhere").mkdir()
+    (home / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{name}'\] are links, .*: put the folder itself there"):
+        runs.open_folder(home, IDENTITY, SETTINGS)
+
+
+def test_truncated_development_set_is_named(home):
+    pictures = np.zeros((1, 2, 2, 3), np.uint8)
+    for i in range(2):
+        runs.save_development(home, i, {"development": (pictures, np.zeros(1))})
+    file = home / "development/001.npz"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"001.npz is damaged \(BadZipFile"):
+        runs.development(home)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    """JSON has none."""
+    row = {"iteration": 0, "kl": float("nan"), "updates": [{"loss": float("-inf"), "rate": 1e-7}]}
+    runs.append_metrics(tmp_path, row)
+    disk.write_json(tmp_path / "x.json", row)
+    expected = {"iteration": 0, "kl": None, "updates": [{"loss": None, "rate": 1e-7}]}
+    for text in ((tmp_path / "metrics.jsonl").read_text(), (tmp_path / "x.json").read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == expected
+
+
+def test_drafts_of_killed_processes_go_and_those_of_others_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".{dead.pid}-x.json", f".{os.getppid()}-x.json", f".{dead.pid}-y.json", ".a-x.json"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    disk.write_json(tmp_path / "x.json", {})
+    assert {file.name for file in tmp_path.iterdir()} == {"x.json", *names[1:]}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_error_of_the_disk_says_where_and_what_to_do(tmp_path, monkeypatch, number):
+    """Whatever is written: JSON, a table, a picture, a model card."""
+    (tmp_path / "x").write_text("old")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    outside = disk.explained(tmp_path.parent)  # says nothing again
+    with pytest.raises(OSError) as caught, outside, disk.replacing(tmp_path / "x") as draft:
+        draft.write_text("new")
+    said = str(caught.value)
+    assert said.startswith(f"cannot write {tmp_path}: ") and os.strerror(number) in said
+    assert said.count("free some space") == 1 and "\n" not in said
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "old")]
+
+
 def test_what_comes_after_the_checkpoint_is_dropped(tmp_path):
     (tmp_path / "development").mkdir()
     for i in (0, 2, 12, 999, 1000, 1001):
@@ -172,9 +324,9 @@ def test_files_are_written_all_or_nothing(tmp_path, function):
     (tmp_path / "development").mkdir()
     pictures = np.zeros((1, 2, 2, 3), np.uint8)
     if function == "write_json":
-        runs.write_json(tmp_path / "state.json", {"a": 1})
+        disk.write_json(tmp_path / "state.json", {"a": 1})
         with pytest.raises(TypeError):
-            runs.write_json(tmp_path / "state.json", {"a": object()})
+            disk.write_json(tmp_path / "state.json", {"a": object()})
         assert json.loads((tmp_path / "state.json").read_text()) == {"a": 1}
         assert len(list(tmp_path.iterdir())) == 2
     else:
@@ -246,6 +398,9 @@ def test_crash_between_the_two_renames_of_a_replacement_is_mended(
         return identity.fingerprint(policies.load(home / name, device="cpu"))
 
     train_a_little(first, optimizer)
+    for i in (0, 1):
+        runs.append_metrics(home, {"iteration": i})
+    checkpoints.save_best(home, first, 0, 0.5)
     save(first)
     before = kept()
     rename = Path.rename
@@ -269,8 +424,5 @@ def test_crash_between_the_two_renames_of_a_replacement_is_mended(
 
 def test_runs_are_read_without_torch(tmp_path):
     """The batch looks at them before anything runs."""
-    import subprocess
-    import sys
-
     code = "import sys; from ddpo_lib import runs, settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,13 +1,14 @@
 """Text-to-image policies: context, guidance, adapters, prompts; on a tiny Stable Diffusion."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddpo_lib import adapter, checkpoints, prompts, rewards, runs, sampler, settings
 from ddpo_lib import finetune as loop
@@ -87,8 +88,6 @@ def options(**changes):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampler_draws_what_the_pipeline_draws(folder, tmp_path, guidance, prediction, eta):
     """Stable Diffusion 2.1 predicts v. The noise of eta = 1 is the same, drawn by the pipeline."""
-    import shutil
-
     own = tmp_path / "pipeline"
     shutil.copytree(folder, own)
     file = own / "scheduler/scheduler_config.json"
@@ -324,6 +323,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not home.exists()
 
 
+@pytest.mark.parametrize("value", ["missing", torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("text_encoder/model.safetensors", "final_layer_norm.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+    ],
+)
+def test_text_encoder_and_decoder_must_be_whole(folder, tmp_path, file, name, value):
+    own = shutil.copytree(folder, tmp_path / "pipeline")
+    state = load_file(own / file)
+    (key,) = (key for key in state if key.endswith(name))
+    tensor = state.pop(key)
+    if value != "missing":
+        state[key] = torch.full_like(tensor, value)
+    save_file(state, own / file, metadata={"format": "pt"})
+    found = f"with other tensors, such as .*{name}" if value == "missing" else "'not all finite'"
+    with pytest.raises(policies.Unsupported, match=found):
+        policies.load(own, device="cpu")
+
+
 def test_adapter_of_another_model_is_refused(folder, policy, new_policy, tmp_path):
     home = loop.finetune(policy, redness, "ddpo", options(n_iterations=1), tmp_path / "run")
     with pytest.raises(ValueError, match="holds weights alone: name the policy"):
@@ -348,8 +368,6 @@ def test_adapter_of_another_model_is_refused(folder, policy, new_policy, tmp_pat
     "kind", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "DiTPipeline"]
 )
 def test_other_pipelines_are_refused_by_name(folder, tmp_path, kind):
-    import shutil
-
     own = tmp_path / "pipeline"
     shutil.copytree(folder, own)
     index = json.loads((own / "model_index.json").read_text()) | {"_class_name": kind}

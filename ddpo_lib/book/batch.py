@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from ddpo_lib import disk
 from ddpo_lib.book import finetuning, paths, profiles
 from ddpo_lib.book.profiles import Profile, Run
 from ddpo_lib.settings import check_whole
@@ -206,7 +207,8 @@ def adopt(profile_name: str) -> str:
                     if output.output_type == "execute_result":
                         output.execution_count = count
             before = file.stat()
-            nbformat.write(notebook, file)
+            with disk.replacing(file) as draft:
+                nbformat.write(notebook, draft)
             os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # no reason to run again
             lines.append(f"  {name}: {file.stat().st_size / 1e3:,.0f} kB")
     return "\n".join(lines)

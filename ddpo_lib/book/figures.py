@@ -11,9 +11,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from filelock import FileLock
 
-from ddpo_lib import runs
+from ddpo_lib import disk
 from ddpo_lib.book import paths
 from ddpo_lib.settings import check_whole
 
@@ -132,10 +131,9 @@ def _save(name: str, writers: dict[str, Callable], page: Page, source_runs) -> P
     number, code, folder = identifier(name), code_hash(page.notebook), paths.FIGURES / page.profile
     manifest()  # a damaged one is an error before anything is written
     files = [folder / f"{name}.{kind}" for kind in writers]
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as drafts:
         for file, write in zip(files, writers.values(), strict=True):
-            write(drafts.enter_context(runs.replacing(file)))
+            write(drafts.enter_context(disk.replacing(file)))
     entry = {
         "id": number,
         "name": name,
@@ -149,9 +147,9 @@ def _save(name: str, writers: dict[str, Callable], page: Page, source_runs) -> P
         "source_runs": list(source_runs),
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
     }
-    paths.RUNS.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.RUNS.parent / "manifest.lock"):  # notebooks may run side by side
+    file = paths.FIGURES / "manifest.json"
+    with disk.locked(file, limit=60):  # notebooks may run side by side
         others = [e for e in manifest() if (e["name"], e["profile"]) != (name, page.profile)]
         ordered = sorted([*others, entry], key=lambda e: (e["profile"], e["name"]))
-        runs.write_json(paths.FIGURES / "manifest.json", ordered)
+        disk.write_json(file, ordered)
     return files[0]

@@ -17,12 +17,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
-from ddpo_lib import diversity, encoders, hub, identity, objectives, parallel, policy, rewards, runs
+from ddpo_lib import disk, diversity, encoders, hub, objectives, parallel, policy, rewards, runs
 from ddpo_lib import finetune as loop
 from ddpo_lib.book import model_cards, paths, profiles
 from ddpo_lib.book.profiles import Run
+from ddpo_lib.identity import fingerprint
 
 DECISIVE = (".safetensors", ".bin", ".pth", ".json", ".txt")
 """A model's files that decide what it does: weights and configurations."""
@@ -58,7 +57,7 @@ def iterations_done(run: Run) -> int:
 def is_complete(run: Run) -> bool:
     """Trained to the end, and evaluated then."""
     file, n = home(run) / "evaluation.json", run.settings.n_iterations
-    evaluated = file.exists() and runs.read_json(file)["iterations"]
+    evaluated = file.exists() and disk.read_json(file)["iterations"]
     return evaluated == iterations_done(run) == n
 
 
@@ -83,11 +82,13 @@ def finetune(run: Run, on_iteration: Callable | None = None) -> Path:
         base, reward = load_policy(run), load_reward(run)
         with _claimed(run) if parallel.is_main() else contextlib.nullcontext():
             parallel.wait()
-            clip = encoders.load_clip(run.models["clip"])  # for the Vendi scores
+            channels, *size = base.image_shape
+            seen = encoders.can_see(3 if base.text else channels, *size)
+            clip = encoders.load_clip(run.models["clip"]) if seen else None  # for the Vendi scores
             loop.finetune(
                 base, reward, run.objective, run.settings, home(run), seed=run.seed,
                 objective_settings=run.objective_settings, on_iteration=on_iteration,
-                embed=functools.partial(diversity.embed, clip=clip),
+                embed=functools.partial(diversity.embed, clip=clip) if seen else None,
             )  # fmt: skip
     folder = home(run)
     if parallel.is_main() and (unfinished or not (folder / "best" / "README.md").exists()):
@@ -114,13 +115,18 @@ def identify(source: str, recorded: str | None = None) -> str:
 
 @functools.cache
 def _sha256(file: Path, modified: int) -> str:
-    return runs.sha256(file)
+    return disk.sha256(file)
 
 
 def _models(run: Run) -> dict[str, str]:
-    """The models that decide the run → their sources in the profile."""
-    needed = rewards.MODELS.get(run.reward, ()) if isinstance(run.reward, str) else ()
-    return {"policy": run.source} | {name: run.models[name] for name in needed}
+    """The models that decide the run → their sources: the profile's, and those that a reward of
+    one's own names, name → source, in its attribute `models`."""
+    if run.reward in rewards.REWARDS:
+        needed = {name: run.models[name] for name in rewards.MODELS.get(run.reward, ())}
+    else:
+        reward = run.reward if callable(run.reward) else rewards.load(run.reward)
+        needed = getattr(reward, "models", {})
+    return {"policy": run.source} | needed
 
 
 def _sources(run: Run) -> dict[str, str]:
@@ -143,10 +149,11 @@ def _record(run: Run, old: dict | None = None) -> dict:
         "settings": run.settings.decisive, "objective": run.objective,
         "guidance": run.guidance if run.settings.prompts else None,
         "objective_settings": dataclasses.asdict(run.objective_settings),
-        "own_code": identity.fingerprint(own) if own else None,
+        "own_code": fingerprint(own) if own else None,
         "models": {
             name: identify(source, old and old["models"].get(name, ""))
             for name, source in _models(run).items()
+            if not old or name in old["models"]  # a run that is older than an entry has the same
         },
         "base": old["base"] if old else paths.shown(run.source),  # for people
     }  # fmt: skip
@@ -174,19 +181,19 @@ def _claimed(run: Run) -> Iterator[None]:
     the folder, the record lies beside it."""
     record, place = _recorded(home(run)) or _record(run), paths.RUNS / run.profile
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / ".homes.lock"):
+        with disk.locked(place / "homes", limit=60):
             folder = home(run)
             if _recorded(folder) is None:
-                runs.write_json(_claim(folder), record)
+                disk.write_json(_claim(folder), record)
     except OSError as error:
         advice = "Make it writable, free some space, or set DDPO_ROOT to another folder"
-        raise OSError(f"cannot write runs to {place}: {error}. {advice}") from error
+        cause = error.__cause__ or error  # of `disk.explained`, which gives other advice
+        raise OSError(f"cannot write runs to {place}: {cause}. {advice}") from error
     try:
         yield
     finally:
         if (folder / "settings.json").exists():
-            runs.write_json(folder / "profile.json", record)
+            disk.write_json(folder / "profile.json", record)
         _claim(folder).unlink(missing_ok=True)
 
 

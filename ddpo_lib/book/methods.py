@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ddpo_lib import evaluation, finetune, policy, runs
+from ddpo_lib import disk, evaluation, finetune, policy, runs
 from ddpo_lib.book import finetuning, paths, results, seeds
 from ddpo_lib.book.profiles import Profile, Run
 from ddpo_lib.toy import regressor
@@ -91,7 +91,7 @@ def vendi_at(along, gain: float, column: str = "truth"):
 def gains(profile: Profile, run: Run, judge: regressor.Regressor) -> dict[str, float]:
     """Proxy and true gain and the Vendi ratio, by both samplers; the true one of the aesthetic
     task alone, for there is a taste behind it."""
-    told = runs.read_json(finetuning.home(run) / "evaluation.json")
+    told = disk.read_json(finetuning.home(run) / "evaluation.json")
     found = {}
     for name, eta in results.etas(run).items():
         end = "" if name == "eta0" else "_eta1"

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from ddpo_lib import adapter, hub, judges, rewards, runs
+from ddpo_lib import adapter, disk, hub, judges, rewards, runs
 from ddpo_lib.book import paths
 from ddpo_lib.settings import Finetune
 
@@ -25,9 +25,9 @@ images = pipeline({prompt!r}, num_images_per_prompt=4, **options).images"""
 def save(home: Path) -> None:
     """Write best/README.md: config/model_card.md, filled with what the run's folder holds; with the
     evaluation set's metrics once evaluation.json is there."""
-    run = runs.read_json(home / "profile.json")
+    run = disk.read_json(home / "profile.json")
     # A run that is older than a setting had what is now its default.
-    settings = dataclasses.asdict(Finetune()) | runs.read_json(home / "settings.json")["settings"]
+    settings = dataclasses.asdict(Finetune()) | disk.read_json(home / "settings.json")["settings"]
     n, done = settings["n_development"], runs.iterations_done(home)
     best = runs.best(home)["iteration"]
     rows = runs.metrics(home)
@@ -37,16 +37,20 @@ def save(home: Path) -> None:
         moments = [(rows[i][f"{kind}_reward"], rows[i][f"{kind}_sd"]) for i in (0, best)]
         own = [f"{mean:.3f} ± {sd / n**0.5:.3f}" for mean, sd in moments]
         metrics[f"reward, development set, {n}, η = {eta}"] = own
-    result = runs.read_json(home / "evaluation.json") if (home / "evaluation.json").exists() else {}
+    result = disk.read_json(home / "evaluation.json") if (home / "evaluation.json").exists() else {}
     if result.get("iterations") == done:  # the run has not gone on since
         for name, eta in zip(("eta0", "eta1"), etas.values(), strict=True):
             told, title = result[name], f"evaluation set, {result['n']}, η = {eta}"
             pairs = [(told[f"{k}_mean"], told[f"{k}_se"]) for k in ("before", "reward")]
             metrics[f"reward, {title}"] = [f"{mean:.3f} ± {error:.3f}" for mean, error in pairs]
-            vendi = [told["before_vendi"], told["vendi"]]
-            metrics[f"Vendi score, {title}"] = [f"{score:.2f}" for score in vendi]
+            if told["vendi"] is not None:
+                vendi = [told["before_vendi"], told["vendi"]]
+                metrics[f"Vendi score, {title}"] = [f"{score:.2f}" for score in vendi]
     repository, _, commit = run["models"]["policy"].rpartition("@")
     base = repository or run["base"]
+    base = (
+        Path(base).name if Path(base).is_absolute() else base
+    )  # this machine's folders are private
     licence = next((name for start, name in LICENCES.items() if base.startswith(start)), None)
     stated = {"license": licence, "base_model": repository}
     template = (paths.CONFIG / "model_card.md").read_text(encoding="utf-8")
@@ -74,7 +78,8 @@ def save(home: Path) -> None:
         done=done,
         settings=_table({"seed": run["seed"], **settings, **run["objective_settings"]}.items()),
     )
-    (home / "best" / "README.md").write_text(card, encoding="utf-8")
+    with disk.replacing(home / "best" / "README.md") as draft:
+        draft.write_text(card, encoding="utf-8")
 
 
 def meaning(reward: str) -> str:

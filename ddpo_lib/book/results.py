@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
-from ddpo_lib import diversity, encoders, evaluation, policy, runs
+from ddpo_lib import disk, diversity, encoders, evaluation, policy, runs
 from ddpo_lib.book import finetuning, model_cards, paths
 from ddpo_lib.book.profiles import Evaluation, Profile, Run
 from ddpo_lib.evaluation import standard_error
@@ -69,8 +68,7 @@ def pictures(
         told = json.dumps([prompts, float(guidance)])
         key += told
         cache = cache.with_stem(f"{cache.stem}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache.with_name(f".{cache.name}.lock")):  # who comes second finds it made
+    with disk.locked(cache):  # who comes second finds it made, however long that takes
         try:
             with np.load(cache) as stored:
                 if str(stored["key"]) == key:
@@ -81,7 +79,7 @@ def pictures(
         n, n_steps, seed = dataclasses.astuple(settings)
         label = f"evaluation set, {n} at η = {eta:g}"
         drawn = evaluation.draw(agent, n, n_steps, seed, eta, progress=label, prompts=prompts)
-        with runs.replacing(cache) as draft:
+        with disk.replacing(cache) as draft:
             np.savez(draft, pictures=drawn, key=key)
     return drawn
 
@@ -91,11 +89,10 @@ def finish(profile: Profile, run: Run) -> dict:
     model card. ValueError if the run was not begun."""
     if not finetuning.begun(run):
         raise ValueError(f"{run.name} was not begun: finetune it first")
-    home = finetuning.home(run)
-    clip = encoders.load_clip(profile.models["clip"])
+    home, clip = finetuning.home(run), encoders.load_clip(profile.models["clip"])
     samplers = {name: measure(profile, run, eta, clip) for name, eta in etas(run).items()}
     result = {"n": profile.evaluation.n, "iterations": runs.iterations_done(home), **samplers}
-    runs.write_json(home / "evaluation.json", result)
+    disk.write_json(home / "evaluation.json", result)
     model_cards.save(home)
     return result
 
@@ -107,21 +104,24 @@ def etas(run: Run) -> dict[str, float]:
 
 def measure(profile: Profile, run: Run, eta: float, clip: encoders.Clip) -> dict[str, float]:
     """What finetuning did to the evaluation set at eta: rewards and Vendi scores before and after,
-    of faces also the share of those aged 50 or over."""
+    of faces also the share of those aged 50 or over. None stands for what there is not: Vendi
+    scores of images that CLIP cannot see, an effect where all rewards before are equal."""
     both = sets(profile, run, eta)
     before, after = _score(run, both)
-    vendi = [diversity.vendi_score(diversity.embed(images, clip)) for images in both]
+    vendi = [np.nan, np.nan]
+    if encoders.can_see(both[0].shape[3], *both[0].shape[1:3]):
+        vendi = [diversity.vendi_score(diversity.embed(images, clip)) for images in both]
     result = {
         "before_mean": before.mean(), "before_sd": before.std(ddof=1),
         "before_se": standard_error(before), "reward_mean": after.mean(),
         "reward_sd": after.std(ddof=1), "reward_se": standard_error(after),
-        "effect_size": evaluation.change(before, after),
+        "effect_size": evaluation.change(before, after) if np.ptp(before) else np.nan,
         "before_vendi": vendi[0], "vendi": vendi[1], "vendi_ratio": vendi[1] / vendi[0],
     }  # fmt: skip
     if run.policy == "faces":
         shares = [share_over_50(images, profile.models)[0] for images in both]
         result |= {"before_share_over_50": shares[0], "share_over_50": shares[1]}
-    return {name: float(value) for name, value in result.items()}
+    return {name: float(value) if np.isfinite(value) else None for name, value in result.items()}
 
 
 def table_5_1(profile: Profile, table_runs: list[Run]):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ddpo_lib import evaluation, runs
+from ddpo_lib import disk, evaluation, runs
 from ddpo_lib.book import factors, finetuning, paths, profiles, results
 from ddpo_lib.book.profiles import Profile, Run
 from ddpo_lib.toy import regressor
@@ -44,7 +44,7 @@ def table(profile: Profile):
 
     rows = []
     for run in finished(profile):
-        told = runs.read_json(finetuning.home(run) / "evaluation.json")
+        told = disk.read_json(finetuning.home(run) / "evaluation.json")
         still, noisy = told["eta0"], told["eta1"]
         rows.append([
             run.policy, run.task, run.seed, still["effect_size"], noisy["effect_size"],
@@ -152,25 +152,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ddpo_lib.book.seeds")
     parser.add_argument("profile")
     name = parser.parse_args().profile
+    from ddpo_lib.book import methods, text  # which build on this module
+
+    chapters = {"methods": methods.tables, "text": text.tables}
+    folder = paths.OUTPUT / "data" / "seeds" / name
     try:
         profile = profiles.load(name)
         if not finished(profile):  # empty tables would replace those that are there
             raise ValueError(f"no run of profile {name} is finished: `make seeds PROFILE={name}`")
+        for title, rows in chapters.get(name, tables)(profile).items():
+            file = folder / f"{title}.{'npz' if isinstance(rows, dict) else 'csv'}"
+            with disk.replacing(file) as draft:
+                if isinstance(rows, dict):
+                    np.savez_compressed(draft, **rows)
+                else:
+                    rows.to_csv(draft, index=False)
+            print(f"{file}: {len(rows)} entries")
     except (OSError, ValueError) as error:
-        sys.exit(f"Nothing was done: {error}")
-    folder = paths.OUTPUT / "data" / "seeds" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    from ddpo_lib.book import methods, text  # which build on this module
-
-    chapters = {"methods": methods.tables, "text": text.tables}
-    for title, rows in chapters.get(name, tables)(profile).items():
-        file = folder / f"{title}.{'npz' if isinstance(rows, dict) else 'csv'}"
-        with runs.replacing(file) as draft:
-            if isinstance(rows, dict):
-                np.savez_compressed(draft, **rows)
-            else:
-                rows.to_csv(draft, index=False)
-        print(f"{file}: {len(rows)} entries")
+        sys.exit(f"Not done: {error}")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,9 @@ def _shown(entry: dict) -> list[str]:
 def equations() -> list[tuple[str, str]]:
     """Pages and the numbers of the equations that they show, in order."""
     names = sum(notebooks().values(), [])
-    texts = {name: (paths.NOTEBOOKS / f"{name}.ipynb").read_text("utf-8") for name in names}
+    texts = {
+        name: (paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8") for name in names
+    }
     return [(f"notebooks/{name}", n) for name in names for n in _tags(texts[name])]
 
 

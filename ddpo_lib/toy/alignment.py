@@ -103,6 +103,9 @@ def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return alignment(images, prompts, _load("regressor"))
 
 
+reward.models = {"regressor": str(TOY / "regressor")}  # it decides a run
+
+
 def truth(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """`alignment` as the second regressor sees it, which no policy was rewarded by."""
     return alignment(images, prompts, _load("second-regressor"))

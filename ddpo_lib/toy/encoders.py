@@ -136,7 +136,8 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
         "interpolation": "bicubic",
     }
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
     state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     del state["logit_bias"]  # serves the sigmoid loss only
     save_file(state, folder / "open_clip_model.safetensors")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpo_lib import encoders, policy
+from ddpo_lib import disk, encoders, policy
 from ddpo_lib.toy import (
     aesthetic,
     biased,
@@ -107,6 +107,7 @@ def build(name: str) -> None:
     unfinished.mkdir(parents=True)
     started = time.monotonic()
     BUILDERS[name](unfinished)
+    disk.open_to_user(unfinished)
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
     print(f"{place}: built in {(time.monotonic() - started) / 60:.1f} min", flush=True)
@@ -146,7 +147,8 @@ def write_quality() -> None:
     )
     result["text"] = text_quality.measure(TOY / "text-to-image", clip, judges[0])
     text = json.dumps(result, indent=2)
-    (TOY / "quality.json").write_text(text + "\n", encoding="utf-8")
+    with disk.replacing(TOY / "quality.json") as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

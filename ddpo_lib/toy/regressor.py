@@ -111,7 +111,7 @@ def load_regressor(folder: str | Path, device: str | None = None) -> Regressor:
                 f"{folder} is not a regressor's folder: {name} is missing. `make toy` rebuilds it"
             )
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         outputs = config["outputs"]
         model = _network(sum(map(len, outputs.values())))
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -155,7 +155,7 @@ def train_regressor(
     fit(model, loss, n_steps, 2e-3, "the regressor")
     save_file(model.cpu().state_dict(), folder / "model.safetensors")
     config = {"outputs": outputs, "scale": scale}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _true_values(domain: str, factors: dict[str, np.ndarray]) -> np.ndarray:
