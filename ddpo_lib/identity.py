@@ -4,6 +4,7 @@ import copyreg
 import dis
 import functools
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -102,6 +103,10 @@ def _describe(thing: object, parts: Callable[..., bytes]) -> tuple[str, bytes | 
             return "dataclass", parts(type(thing), values)
         case _ if hasattr(type(thing), "register_to_config"):
             return "scheduler", parts(type(thing), configuration(thing))
+        case _ if hasattr(thing, "backend_tokenizer"):  # not its folder, nor how it padded last
+            rules = json.loads(thing.backend_tokenizer.to_str())
+            del rules["truncation"], rules["padding"]
+            return "tokenizer", parts(rules, thing.special_tokens_map, thing.model_max_length)
     reduce = copyreg.dispatch_table.get(type(thing))
     state = reduce(thing) if reduce else thing.__reduce_ex__(4)
     if isinstance(state, str):  # the name of what pickle would import

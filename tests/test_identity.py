@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
+from transformers import AutoTokenizer
 
 from ddpo_lib import encoders, identity, objectives, rewards
 from ddpo_lib import policy as policies
+from ddpo_lib.book import paths
 from ddpo_lib.identity import fingerprint
 from ddpo_lib.policy import Policy
 from ddpo_lib.settings import Finetune
@@ -564,3 +567,15 @@ def test_other_process_folder_and_hash_seed_give_the_same(policy, tmp_path):
     assert said[0] == said[1]
     assert said[0][1] == fingerprint(policy)
     assert isinstance(policy, Policy)
+
+
+def test_tokenizer_is_the_same_in_every_folder_and_after_use(tmp_path):
+    """It keeps its folder, and the padding of its last call."""
+    here = paths.TOY / "text-to-image" / "tokenizer"
+    there = shutil.copytree(here, tmp_path / "moved")
+    first, moved = (AutoTokenizer.from_pretrained(folder) for folder in (here, there))
+    before = fingerprint(first)
+    first("a church", padding="max_length", max_length=7, truncation=True)
+    assert before == fingerprint(first) == fingerprint(moved)
+    moved.add_tokens(["cathedral"])
+    assert fingerprint(moved) != before
