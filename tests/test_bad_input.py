@@ -256,6 +256,7 @@ entry("profile", ValueError, read, [
     (batch_of({"seeds": 0}), "seeds=0: must be a whole number from 1 up"),
     (batch_of({"seeds": 2.0}), "seeds=2.0: must be a whole number from 1 up"),
     (batch_of({"seeds": 2, "seed": 1}), "a seed and a number of seeds: give one of them"),
+    (batch_of({"seeds_only": "no"}), "seeds_only='no': must be true or false"),
     (batch_of({"n_iterations": 1}), "runs: unknown ['n_iterations']; known are ['policy', 'seed'"),
     (batch_of({}, {"seed": 0}), "runs: ['faces-aesthetic-s0'] stand twice"),
     ({"runs": {"policy": "faces"}}, "runs: must be a list, not {'policy': 'faces'}"),
@@ -753,7 +754,7 @@ entry("prompts", ValueError, lambda _, given: prompts.load(given[0], **given[1])
     (("a {animal}", {"animal": ["cat"], "place": ["sea"]}), "words for ['animal', 'place']"),
     (("a {animal}", {"animal": []}), "no prompts: give at least one"),
     (("a {animal}", {"animal": ["cat", "cat"]}), "prompt 'a cat' comes twice"),
-    (("cats.txt", {"animal": ["cat"]}), "'cats.txt' has the slots [], and words for ['animal']"),
+    (("cats.txt", {"animal": ["cat"]}), "has the slots [], and there are words for ['animal']"),
 ])
 
 entry("prompts' file", FileNotFoundError, lambda _, name: prompts.load(name), [
