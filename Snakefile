@@ -106,6 +106,9 @@ rule seeds:
         "python -m ddpo_lib.book.seeds {params.profile:q}"
 
 
+# Minutes each: begun last, one core would wait for them.
+LONG = "24_classifier_free_guidance", "53_without_reinforcement_learning"
+
 for name, notebook in contents().items():
 
     rule:
@@ -125,6 +128,7 @@ for name, notebook in contents().items():
             text=f"{HOME}/notebooks/{name}.log",
         params:
             profile=PROFILE.name,
+        priority: 1 if name in LONG else 0
         threads: 1
         message:
             name

@@ -61,7 +61,7 @@ def load(write):
 def test_profiles_of_the_project_load(name):
     profile = profiles.load(name)
     assert profile.name == name
-    assert len({run.name for run in profile.batch()}) == len(profile.runs)
+    assert len({run.name for run in profile.batch()}) == len(profile.batch())
 
 
 def test_toy_batch_has_the_seven_finetunings():
@@ -70,7 +70,7 @@ def test_toy_batch_has_the_seven_finetunings():
     jpeg_and_taste = ["aesthetic", "compressibility", "incompressibility"]
     expected = [("faces", task) for task in [*jpeg_and_taste, "over50"]]
     expected += [("churches", task) for task in jpeg_and_taste]
-    beside_the_thesis = [("faces", task) for task in ("control", "biased", "aesthetic-fooled")]
+    beside_the_thesis = [("faces", "aesthetic-fooled")]
     more_rates = [("faces", "aesthetic-mean-lr"), ("faces", "aesthetic-high-lr")]
     assert batch == expected + beside_the_thesis + low_rates_of_figure_5_7 + more_rates
 
@@ -89,7 +89,8 @@ def test_toy_tasks_differ_in_rate_and_length_alone():
 
 def test_toy_seeds_are_five_of_every_task_of_table_5_1():
     runs = profiles.load("toy").batch(every_seed=True)
-    for policy, task in [(r.policy, r.task) for r in profiles.load("toy").batch()[:9]]:
+    over_seeds = [(r.policy, r.task) for r in profiles.load("toy").batch()[:8]]
+    for policy, task in [*over_seeds, ("faces", "control"), ("faces", "biased")]:
         seeds = [run.seed for run in runs if (run.policy, run.task) == (policy, task)]
         assert seeds == [0, 1, 2, 3, 4]
 

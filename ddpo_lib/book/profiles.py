@@ -77,7 +77,8 @@ class Profile:
     finetune: dict
     """Changes to the defaults for every task."""
     runs: list[dict] = field(default_factory=list)
-    """The batch: {policy, task, seed} of each finetuning, or seeds: how many of them, from 0 up."""
+    """The batch: {policy, task, seed} of each finetuning, or seeds: how many of them, from 0 up.
+    With seeds_only it is run for the tables over seeds alone."""
     finetuned: dict[str, dict[str, str]] = field(default_factory=dict)
     """Policy name → task → source of a policy that others finetuned so, to be looked at without a
     run of one's own; also a .pth of the thesis's code."""
@@ -114,8 +115,10 @@ class Profile:
         """Every finetuning of the profile's batch; with several seeds the first alone, or all."""
         runs = []
         for spec in self.runs:
+            if spec.get("seeds_only") and not every_seed:
+                continue
             n = spec.get("seeds", 1) if every_seed else 1
-            own = {name: value for name, value in spec.items() if name != "seeds"}
+            own = {name: spec[name] for name in spec if name not in ("seeds", "seeds_only")}
             first = own.pop("seed", 0)
             runs += [self.run(**own, seed=seed) for seed in (first, *range(1, n))]
         return runs
@@ -177,7 +180,7 @@ def _profile(name: str, content) -> Profile:
     pairs += [(policy, task) for policy, tasks in profile.finetuned.items() for task in tasks]
     for policy, task in pairs:  # raises where one is impossible
         profile.run(policy, task)
-    names = [run.name for run in profile.batch()]
+    names = [run.name for run in profile.batch(every_seed=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"runs: {twice} stand twice")
     return profile
@@ -185,11 +188,13 @@ def _profile(name: str, content) -> Profile:
 
 def _batch_entry(run) -> dict:
     named = ("policy", "task")
-    run = _mapping(run, "runs", (*named, "seed", "seeds"), named)
+    run = _mapping(run, "runs", (*named, "seed", "seeds", "seeds_only"), named)
     n = run.get("seeds", 1)
     if "seed" in run and "seeds" in run:
         raise ValueError(f"runs: {run} has a seed and a number of seeds: give one of them")
     check_whole("runs: seeds", n, 1)
+    if not isinstance(run.get("seeds_only", False), bool):
+        raise ValueError(f"runs: seeds_only={run['seeds_only']!r}: must be true or false")
     return run
 
 
