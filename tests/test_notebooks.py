@@ -147,10 +147,6 @@ def test_committed_outputs_are_fit_to_read(name):
     assert (paths.NOTEBOOKS / f"{name}.ipynb").stat().st_size < 5e6  # a page of 64x64 images
 
 
-UNSOLVED = {"50_finetune", "53_without_reinforcement_learning"}
-"""Their exercises take a finetuning."""
-
-
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name[0] in "234567"])
 def test_chapters_ask_answer_and_solve(name):
     """A question at the start and its answer at the end; in chapters 2 and 3 every exercise has a
@@ -164,7 +160,7 @@ def test_chapters_ask_answer_and_solve(name):
     solutions = [c for c in notebook.cells if "solution" in c.metadata.get("tags", [])]
     if name[0] in "23":
         assert len(solutions) == len(exercises) > 0
-    assert solutions or name in UNSOLVED
+    assert solutions
     for cell in solutions:
         assert cell.metadata.jupyter.source_hidden
         assert re.search(r"^ *assert ", cell.source, re.MULTILINE)

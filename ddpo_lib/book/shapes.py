@@ -10,8 +10,8 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, R
 from ddpo_lib.book.figures import interpolation
 
 INK, FAINT = "#333333", "#848a94"
-GREY, BLUE, ORANGE, GREEN = "#5e6472", "#0077bb", "#d95f02", "#117733"
-FILL = {GREY: "#eef0f2", BLUE: "#ddecf6", ORANGE: "#fdeadb", GREEN: "#e0f0e4"}
+GREY, BLUE, ORANGE, GREEN = "#555555", "#332288", "#d95f02", "#44aa99"
+FILL = {GREY: "#eef0f2", BLUE: "#e6e3f4", ORANGE: "#fdeadb", GREEN: "#e0f0e4"}
 
 
 class Shape(NamedTuple):
