@@ -506,12 +506,14 @@ def test_signal_ends_the_command_line_quietly(monkeypatch, capsys, number):
     monkeypatch.setattr(sys, "argv", ["finetuning", "smoke", "faces", "compressibility"])
     monkeypatch.setattr(finetuning, "finetune", lambda run: os.kill(os.getpid(), number))
     monkeypatch.setattr(results, "finish", lambda *_: pytest.fail("it went on"))
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     try:
         with pytest.raises(SystemExit) as ended:
             finetuning.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert ended.value.code == 130 and "Traceback" not in capsys.readouterr().err
 
 

@@ -125,7 +125,7 @@ def test_two_processes_finetune_as_one_does(tmp_path, new_policy, monkeypatch):
     assert code != 0
     assert "reward 'broken' is not finite" in errors
     assert [row["iteration"] for row in runs.metrics(tmp_path / "broken")] == [0]
-    with disk.locked(tmp_path / "broken", wait=False):
+    with disk.locked(tmp_path / "broken", limit=1):
         pass
 
 
