@@ -200,9 +200,9 @@ def test_notebooks_that_save_side_by_side_keep_each_others_entries(folder, monke
     figures.save_table(pd.DataFrame(), "table_1_0", PAGE)
     loads = json.loads
 
-    def slow(text):
+    def slow(text, **options):
         time.sleep(0.05)  # long enough for the others to read what this one will replace
-        return loads(text)
+        return loads(text, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(figures.json, "loads", slow)
