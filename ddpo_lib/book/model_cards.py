@@ -48,9 +48,8 @@ def save(home: Path) -> None:
                 metrics[f"Vendi score, {title}"] = [f"{score:.2f}" for score in vendi]
     repository, _, commit = run["models"]["policy"].rpartition("@")
     base = repository or run["base"]
-    base = (
-        Path(base).name if Path(base).is_absolute() else base
-    )  # this machine's folders are private
+    if Path(base).is_absolute():  # this machine's folders are private
+        base = Path(base).name
     licence = next((name for start, name in LICENCES.items() if base.startswith(start)), None)
     stated = {"license": licence, "base_model": repository}
     template = (paths.CONFIG / "model_card.md").read_text(encoding="utf-8")
