@@ -8,6 +8,9 @@ larger than asked and averaged down, so edges are smooth.
 import numpy as np
 import torch
 
+Factors = dict[str, np.ndarray]
+"""What is in each of N pictures: name → (N,)."""
+
 SIZE = 64
 """Height and width of the toy world's pictures."""
 SUPERSAMPLE = 3

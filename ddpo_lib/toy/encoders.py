@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,19 +63,11 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    # Several captions of each picture, because each leaves some of the truth unsaid: (domain, N).
-    captions = [
-        list(
-            zip(
-                *(DOMAINS[part.domain].captions(part.factors, rng) for _ in range(N_CAPTIONS)),
-                strict=True,
-            )
-        )
-        for part in drawn
-    ]
+    captions = _several_captions(drawn, rng)
     phrases, says = _phrases(captions)
+    domains = [part.domain for part in drawn]
     subjects = [
-        SUBJECT[next(part.domain for part, own in zip(drawn, says, strict=True) if own[:, j].any())]
+        SUBJECT[next(name for name, own in zip(domains, says, strict=True) if own[:, j].any())]
         for j in range(len(phrases))
     ]
     tokenizer = word_tokenizer([text for own in captions for texts in own for text in texts])
@@ -84,13 +77,7 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
     model = open_clip.CLIP(**model_cfg, init_logit_scale=math.log(60), init_logit_bias=-8.0)
     _spread_texts(model, tokenizer.eos_token_id)
     model.to(DEVICE)
-
-    def tokenize(texts: list[str]) -> torch.Tensor:
-        length = {"padding": "max_length", "truncation": True, "max_length": CONTEXT_LENGTH}
-        return tokenizer(texts, return_tensors="pt", **length).input_ids
-
-    clip = Clip(model, tokenize, VISION["image_size"], HALVES, HALVES)
-
+    clip = Clip(model, partial(_tokenize, tokenizer), VISION["image_size"], HALVES, HALVES)
     words = torch.nn.Linear(EMBED_DIM, len(phrases)).to(DEVICE)
 
     def batch() -> tuple[torch.Tensor, list[str], torch.Tensor]:
@@ -112,30 +99,49 @@ def train_clip(drawn: list[Drawn], folder: Path, seed: int, n_steps: int = CLIP_
 
     def contrast() -> torch.Tensor:
         pictures, chosen, said = batch()
-        image = embed_images(clip, pictures).float()
-        openings = (
-            ("", f"{subject}, ", f"{subject} with ")[rng.integers(3)] for subject in subjects
-        )
+        openings = [("", f"{who}, ", f"{who} with ")[rng.integers(3)] for who in subjects]
         spoken = [opening + phrase for opening, phrase in zip(openings, phrases, strict=True)]
-        text = embed_texts(clip, chosen + spoken).float()
-        similarity = model.logit_scale.exp().clamp(max=100) * image @ text.T
-        matches, yes_or_no = similarity.split([len(chosen), len(phrases)], dim=1)
-        own = torch.arange(len(image), device=DEVICE)
-        softmax = (F.cross_entropy(matches, own) + F.cross_entropy(matches.T, own)) / 2
-        sigmoid = F.binary_cross_entropy_with_logits(yes_or_no + model.logit_bias, said)
-        return softmax + 10 * sigmoid
+        return _contrast(clip, pictures, chosen + spoken, said)
 
-    fit(
-        torch.nn.ModuleList([model.visual, words]), classification, n_steps // 2, 2e-3, "CLIP's eye"
-    )
+    eye = torch.nn.ModuleList([model.visual, words])
+    fit(eye, classification, n_steps // 2, 2e-3, "CLIP's eye")
     fit(model, contrast, n_steps // 2, 2e-3, "CLIP")
-    preprocess_cfg = {
-        "mean": HALVES,
-        "std": HALVES,
-        "size": VISION["image_size"],
-        "interpolation": "bicubic",
-    }
-    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    _save_clip(model, model_cfg, folder)
+
+
+def _several_captions(drawn: list[Drawn], rng: np.random.Generator) -> list[list[tuple[str]]]:
+    """Of each picture, because each caption leaves some of the truth unsaid: (domain, N)."""
+    several = []
+    for part in drawn:
+        tell = DOMAINS[part.domain].captions
+        told = [tell(part.factors, rng) for _ in range(N_CAPTIONS)]
+        several.append(list(zip(*told, strict=True)))
+    return several
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    length = {"padding": "max_length", "truncation": True, "max_length": CONTEXT_LENGTH}
+    return tokenizer(texts, return_tensors="pt", **length).input_ids
+
+
+def _contrast(
+    clip: Clip, pictures: torch.Tensor, texts: list[str], said: torch.Tensor
+) -> torch.Tensor:
+    """Both losses of pictures (N, 3, H, W) and texts: first a caption of each picture, then the
+    phrases, of which `said` (N, phrases) tells whose they are."""
+    image = embed_images(clip, pictures).float()
+    text = embed_texts(clip, texts).float()
+    similarity = clip.model.logit_scale.exp().clamp(max=100) * image @ text.T
+    matches, yes_or_no = similarity.split([len(image), said.shape[1]], dim=1)
+    own = torch.arange(len(image), device=DEVICE)
+    softmax = (F.cross_entropy(matches, own) + F.cross_entropy(matches.T, own)) / 2
+    sigmoid = F.binary_cross_entropy_with_logits(yes_or_no + clip.model.logit_bias, said)
+    return softmax + 10 * sigmoid
+
+
+def _save_clip(model: open_clip.CLIP, model_cfg: dict, folder: Path) -> None:
+    side = {"size": VISION["image_size"], "interpolation": "bicubic"}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": HALVES, "std": HALVES} | side}
     text = json.dumps(config, indent=2) + "\n"
     (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
     state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
