@@ -1,10 +1,12 @@
-"""Every notebook in JupyterLab, in a real browser: opened, run with Run All Cells, looked at.
+"""Every notebook in JupyterLab, in a real browser: opened, run with Run All Cells, looked at, every
+slider moved.
 
 Slow, and needs Chromium (`apt-get install chromium`):
 
     .venv/bin/python -m pytest -m slow tests/test_jupyterlab.py
 """
 
+import ast
 import os
 import socket
 import subprocess
@@ -54,6 +56,40 @@ def tab(tmp_path_factory):
         yield tab
 
 
+def sliders(cells):
+    """Number of a cell → how many sliders its calls of the book's `widgets` make."""
+    made = {}
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+        if "widgets." not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("widgets.slide", "widgets.live"):
+                made[number] = len(node.keywords) if called == "widgets.live" else 1
+    return made
+
+
+def move(tab, number, n_sliders):
+    """Move each slider of a cell by a key; its picture must become another."""
+    cell = f"{CURRENT}.content.widgets[{number}]"
+    tab.evaluate(f"{CURRENT}.content.scrollToCell({cell}, 'start')")
+    handles = f"[...{cell}.node.querySelectorAll('.noUi-handle')]"
+    tab.wait_for(f"{handles}.length === {n_sliders}", 20)
+    picture = f"{cell}.node.querySelector('img.widget-image').src"
+    for k in range(n_sliders):
+        before, value = tab.evaluate(picture), f"{handles}[{k}].ariaValueNow"
+        start = tab.evaluate(value)
+        for key, code in (("ArrowRight", 39), ("ArrowLeft", 37)):  # left where it is at its end
+            if tab.evaluate(value) == start:
+                tab.evaluate(f"{handles}[{k}].focus()")
+                about = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+                tab.call("Input.dispatchKeyEvent", type="keyDown", **about)
+                tab.call("Input.dispatchKeyEvent", type="keyUp", **about)
+        tab.wait_for(f"{handles}[{k}].ariaValueNow !== {start!r}", 20)
+        tab.wait_for(f"{picture} !== {before!r}", 60)
+
+
 CURRENT = "[...jupyterapp.shell.widgets('main')][0]"
 
 
@@ -78,5 +114,8 @@ def test_notebook_runs_in_jupyterlab(lab, tab, name, tmp_path):
     tab.wait_for(f"{shown}.filter(image => image.naturalWidth > 100).length >= {declared}", 20)
     tab.evaluate(f"{shown}[0].scrollIntoView({{block: 'center'}})")
     tab.photograph(tmp_path / f"{name}.png")
+    for number, n_sliders in sliders(cells).items():
+        move(tab, number, n_sliders)
+        tab.photograph(tmp_path / f"{name}-{number}.png")
     tab.evaluate(f"{CURRENT}.sessionContext.shutdown()")
     tab.evaluate(f"{CURRENT}.context.save()")
