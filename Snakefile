@@ -107,7 +107,7 @@ rule seeds:
 
 
 # Minutes each: begun last, one core would wait for them.
-LONG = "24_classifier_free_guidance", "53_without_reinforcement_learning"
+LONG = "24_classifier_free_guidance", "41_reward_trajectories", "53_without_reinforcement_learning"
 
 for name, notebook in contents().items():
 

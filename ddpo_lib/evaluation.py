@@ -13,7 +13,7 @@ from ddpo_lib.settings import check_whole
 
 
 def draw(
-    policy, n, n_steps, seed, eta=0.0, batch_size=100, progress=None, prompts=()
+    policy, n, n_steps, seed, eta=0.0, batch_size=25, progress=None, prompts=()
 ) -> np.ndarray:
     """Pictures from fixed noise: uint8 (n, H, W, C); the first of n are the same for every n.
 
@@ -28,7 +28,7 @@ def draw(
     return rewards.to_uint8(policies.decode(policy, x_0)).numpy()
 
 
-def kl_nats(policy, reference, n, n_steps, seed, eta=1.0, batch_size=100, prompts=()) -> float:
+def kl_nats(policy, reference, n, n_steps, seed, eta=1.0, batch_size=25, prompts=()) -> float:
     """KL(policy || reference) of a trajectory in nats: exact at every stochastic step, added up and
     averaged over n trajectories of the policy. Other arguments as in `draw`."""
     seeds = sampler.seeds(seed, n)

@@ -11,7 +11,7 @@ from ddpo_lib.settings import check_whole
 
 
 @torch.no_grad()
-def invert(policy, x_0, n_steps, n_evaluations=1, batch_size=100, progress=None) -> torch.Tensor:
+def invert(policy, x_0, n_steps, n_evaluations=1, batch_size=25, progress=None) -> torch.Tensor:
     """DDIM inversion (section 2.7): the states from which the sampler would come to given images.
 
     A step at eta = 0 is x_{t-1} = c_t x_t + d_t eps_theta(x_t, t), by equation 2.27 with

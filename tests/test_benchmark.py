@@ -71,6 +71,11 @@ def test_fidelity_is_measured(benchmark):
     assert updated["median_abs_log_ratio_of_last_step_floored"] > 1000 * mean
 
 
+def test_batch_sizes_are_timed_and_change_no_image(benchmark):
+    result = benchmark("sampling", "--turns", "1", "--images", "30", "--steps", "2")
+    assert result["same_images"] and {*result["seconds"]} == {"100", "50", "25", "10"}
+
+
 def test_toy_networks_are_timed_side_by_side(benchmark):
     result = benchmark("toy_network", "--small", "--repeats", "3")
     assert result["parameters_64"] <= 2.5e6
