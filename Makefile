@@ -26,7 +26,7 @@ book: $(INSTALLED) ## the notebooks as a site, with a gallery: book/index.html
 	@$(VENV)/python -m ddpo_lib.book.site
 
 test: $(INSTALLED) ## the test suite
-	@$(VENV)/python -m pytest -n 2 --dist loadfile
+	@$(VENV)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(INSTALLED) ## the notebooks in JupyterLab
 	@$(VENV)/jupyter lab notebooks
