@@ -33,7 +33,8 @@ def main() -> None:
         unbroken, killed = Path(folder) / "unbroken", Path(folder) / "killed"
         began = time.perf_counter()
         if start(unbroken).wait():
-            sys.exit("the batch failed when left alone")
+            log = (unbroken / "batch.log").read_text(encoding="utf-8")
+            sys.exit(f"{log[-3000:]}\nthe batch failed when left alone")
         duration, done = time.perf_counter() - began, []
         for _ in range(arguments.kills):
             process = start(killed)
@@ -54,8 +55,9 @@ def start(root: Path) -> subprocess.Popen:
     """The batch, which writes under `root`."""
     root.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "ddpo_lib.book.reproduce", "smoke", "--cores", "2"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=os.environ | {"DDPO_ROOT": str(root)}, **quiet)
+    with open(root / "batch.log", "a") as log:
+        output = {"stdout": log, "stderr": log}
+        return subprocess.Popen(command, env=os.environ | {"DDPO_ROOT": str(root)}, **output)
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -12,9 +12,7 @@ from ddpo_lib.prompts import cycle
 from ddpo_lib.settings import check_whole
 
 
-def draw(
-    policy, n, n_steps, seed, eta=0.0, batch_size=25, progress=None, prompts=()
-) -> np.ndarray:
+def draw(policy, n, n_steps, seed, eta=0.0, batch_size=25, progress=None, prompts=()) -> np.ndarray:
     """Pictures from fixed noise: uint8 (n, H, W, C); the first of n are the same for every n.
 
     The seed is that of the initial noise, and above eta = 0 of the steps' noise, for every policy

@@ -1,6 +1,7 @@
 """What several seeds say: intervals, shifts of factors, the fooled run; the control's reward."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from scipy import stats
 
 from ddpo_lib import diversity, encoders, rewards, runs
 from ddpo_lib.book import factors, finetuning, paths, profiles, results, seeds
-from ddpo_lib.toy import aesthetic, biased, control, regressor
+from ddpo_lib.toy import aesthetic, biased, control, refit, regressor
 from ddpo_lib.toy.drawing import to_tensor
 from ddpo_lib.toy.training import draw
 
@@ -125,6 +126,43 @@ def test_fooled_run_is_measured_from_the_pretrained_policys_set(tmp_path, monkey
     for name, gain in (("proxy", step), ("truth", -step), ("second_truth", -step)):
         np.testing.assert_allclose(of[name], [0, gain, 0, gain], atol=1e-3)
     assert of.vendi.tolist() == [3, 2, 2, 1]
+
+
+# ------------------------------------------------------------------------------- fitted again
+
+
+def test_head_of_new_choices_finds_the_taste():
+    """Of twenty features the rater looks at two; the better is chosen, so weights are positive."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(500, 20))
+    weights = refit.fit_head(features, features @ np.eye(20)[:2].T @ [1.0, 0.5], rng)
+    assert weights[0] > weights[1] > 5 * np.abs(weights[2:]).max()
+
+
+def test_refitted_head_promises_less_where_the_shipped_one_is_fooled(monkeypatch):
+    """Pixels stand for embeddings. The score is red and green, the taste is red alone: the run has
+    raised both, as far as the score can tell. Drawings are all as green as each other."""
+    rng = np.random.default_rng(1)
+    base = rng.integers(80, 120, (60, 1, 1, 3)).astype(np.uint8)
+    start = rng.integers(80, 120, (9, 8, 1, 1, 3))
+    along = np.arange(9)[:, None, None, None, None] * np.array([2, 10, 0])
+    images = (start + along).astype(np.uint8)
+    drawn = rng.integers(80, 120, (200, 1, 1, 3)).astype(np.uint8)
+    drawn[..., 1] = 100
+    drawings = SimpleNamespace(pictures=drawn, taste=drawn[:, 0, 0, 0] / 10.0)
+    monkeypatch.setattr(diversity, "embed", lambda x, clip: x.reshape(len(x), 3).astype(float))
+    score, red = (lambda x: x[:, 0, 0, :2].sum(1).astype(float)), (lambda x: x[:, 0, 0, 0] / 10.0)
+    told = refit.promises(images, base, drawings, None, score, [red, red], seed=0)
+    assert {*told} == {*refit.HEADS, "truth"}
+    shipped = (score(images[-1, 4:]).mean() - score(base).mean()) / score(base).std(ddof=1)
+    truth = (red(images[-1, 4:]).mean() - red(base).mean()) / red(base).std(ddof=1)
+    assert told["shipped"] == pytest.approx(shipped) and told["truth"] == pytest.approx(truth)
+    assert abs(told["own images"] - truth) < 0.3 * (shipped - truth)
+    again = refit.promises(images, base, drawings, None, score, [red, red], seed=0)
+    assert again == told
+    images[-1, :4] = 255 - images[-1, :4]  # others of the last images: no part of what is judged
+    changed = refit.promises(images, base, drawings, None, score, [red, red], seed=0)
+    assert changed["shipped"] == told["shipped"] and changed["truth"] == told["truth"]
 
 
 # ------------------------------------------------------------------------------- the control

@@ -2,8 +2,9 @@
 
 Tables go to data/seeds/<profile>/, from where the notebooks read them: table_5_1_seeds.csv, a row a
 finished run; factor_shifts.csv, what else changed in its images; and, in the toy world, fooled.csv,
-the long runs from iteration to iteration, and shares.csv, whom the faces show. Those of profiles
-methods and text are made by the modules of these names.
+the long runs from iteration to iteration, refitted.csv, what other reward models make of their last
+images, and shares.csv, whom the faces show. Those of profiles methods and text are made by the
+modules of these names.
 """
 
 import argparse
@@ -13,10 +14,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ddpo_lib import disk, evaluation, runs
+from ddpo_lib import disk, encoders, evaluation, runs
 from ddpo_lib.book import factors, finetuning, paths, profiles, results
 from ddpo_lib.book.profiles import Profile, Run
-from ddpo_lib.toy import regressor
+from ddpo_lib.toy import refit, regressor, training
 
 COLUMNS = [
     "policy", "task", "seed", "effect_size", "effect_size_eta1", "vendi_ratio", "vendi_ratio_eta1",
@@ -34,6 +35,7 @@ def tables(profile: Profile) -> dict:
     made = {"table_5_1_seeds": table(profile), "factor_shifts": factor_shifts(profile)}
     if FOOLED in profile.tasks:
         made["fooled"] = fooled(profile, finished(profile, FOOLED))
+        made["refitted"] = refitted(profile, finished(profile, FOOLED))
     return made | ({"shares": shares(profile)} if profile.is_toy else {})
 
 
@@ -135,6 +137,28 @@ def fooled(profile: Profile, of: list[Run]):
                 vendi = metrics[i][f"{kind}_vendi"]
                 rows.append([run.policy, run.task, run.seed, f"eta{eta:g}", i, *means, vendi])
     return pd.DataFrame(rows, columns=FOOLED_COLUMNS).round(4)
+
+
+def refitted(profile: Profile, of: list[Run]):
+    """A DataFrame, a row a run of faces and sampler: `refit.promises` about every fourth
+    development set."""
+    import pandas as pd
+
+    judges = [regressor.load_regressor(paths.TOY / n) for n in ("regressor", "second-regressor")]
+    judges = [functools.partial(taste, policy="faces", judge=judge) for judge in judges]
+    drawings, clip = (
+        training.draw("faces", 1000, seed=100),
+        encoders.load_clip(profile.models["clip"]),
+    )
+    rows = []
+    for run in of:
+        score = functools.partial(evaluation.score, reward=finetuning.load_reward(run))
+        for kind, eta in (("development", 0.0), ("stochastic", run.settings.eta)):
+            base = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
+            images = runs.development(finetuning.home(run), kind)[0][::4]
+            told = refit.promises(images, base, drawings, clip, score, judges, run.seed)
+            rows.append({"task": run.task, "seed": run.seed, "sampler": f"eta{eta:g}", **told})
+    return pd.DataFrame(rows).round(4)
 
 
 def taste(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> np.ndarray:
