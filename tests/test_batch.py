@@ -359,12 +359,32 @@ def test_failure_names_the_notebook_its_cell_and_its_error_in_a_few_lines(pages)
     assert said[-1].endswith("51_a.ipynb")
 
 
-def test_old_figures_stay_where_a_notebook_fails():
-    """Snakemake deletes what a failed job was to make, but puts back what is marked as updated."""
-    text = (paths.ROOT / "Snakefile").read_text(encoding="utf-8")
-    _, rule = text.split("for name, notebook in contents().items():")
-    output = rule.split("output:")[1].split("log:")[0]
-    assert output.count("FIGURES") == output.count('update(f"{FIGURES}/{file}")') == 1
+def test_old_figures_stay_where_a_notebook_fails(tmp_path):
+    """In a copy of the project with one notebook."""
+    project, out = tmp_path / "project", tmp_path / "out"
+    for name in ("ddpo_lib", "config"):
+        shutil.copytree(paths.ROOT / name, project / name)
+    (project / "data").symlink_to(paths.DATA)
+    (project / "notebooks").mkdir()
+    (project / "notebooks/contents.yaml").write_text("20_a: {seconds: 1, makes: [extra_20_a]}\n")
+    cells = [nbformat.v4.new_code_cell("# Parameters\nprofile = 'toy'"), *map(
+        nbformat.v4.new_code_cell, ("fine = 1", "fine / 0")
+    )]  # fmt: skip
+    cells[0].metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+    nbformat.write(notebook, project / "notebooks/20_a.ipynb")
+    old = {out / f"figures/smoke/extra_20_a.{kind}": f"an old {kind}" for kind in ("png", "pdf")}
+    for file, text in old.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        os.utime(file, (1e9, 1e9))
+    env = {"DDPO_ROOT": str(out), "PYTHONPATH": str(project)}
+    shutil.copy(paths.ROOT / "Snakefile", project)
+    options = ["-s", project / "Snakefile", "--config", "profile=smoke", "--quiet", "host"]
+    said = r"20_a failed in cell \d+, which begins\s+fine / 0"
+    with pytest.raises(AssertionError, match=said):
+        snakemake(*options, cwd=project, env=env)
+    assert {file: file.read_text() for file in old} == old
 
 
 def test_failure_without_an_executed_notebook_is_the_end_of_its_log(tmp_path):
