@@ -20,10 +20,14 @@ N_SHOWN = 8
 
 def tables(profile: Profile) -> dict:
     """What `make methods` leaves in data/seeds/methods: `table`, curves like `seeds.fooled`'s of
-    every run on the aesthetic score, and `images`."""
-    aesthetic = [run for run in seeds.finished(profile) if run.reward == "aesthetic"]
-    curves = seeds.fooled(profile, aesthetic)
-    return {"methods": table(profile), "along": curves, "images": images(profile)}
+    every run on the aesthetic score and on OVER50, and `images`."""
+    curves = {
+        name: seeds.fooled(
+            profile, [run for run in seeds.finished(profile) if run.reward == reward]
+        )
+        for name, reward in (("along", "aesthetic"), ("along_over50", "over50"))
+    }
+    return {"methods": table(profile), **curves, "images": images(profile)}
 
 
 def table(profile: Profile):
