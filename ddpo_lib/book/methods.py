@@ -21,10 +21,9 @@ N_SHOWN = 8
 def tables(profile: Profile) -> dict:
     """What `make methods` leaves in data/seeds/methods: `table`, curves like `seeds.fooled`'s of
     every run on the aesthetic score and on OVER50, and `images`."""
+    done = seeds.finished(profile)
     curves = {
-        name: seeds.fooled(
-            profile, [run for run in seeds.finished(profile) if run.reward == reward]
-        )
+        name: seeds.fooled(profile, [run for run in done if run.reward == reward])
         for name, reward in (("along", "aesthetic"), ("along_over50", "over50"))
     }
     return {"methods": table(profile), **curves, "images": images(profile)}

@@ -146,11 +146,8 @@ def refitted(profile: Profile, of: list[Run]):
 
     judges = [regressor.load_regressor(paths.TOY / n) for n in ("regressor", "second-regressor")]
     judges = [functools.partial(taste, policy="faces", judge=judge) for judge in judges]
-    drawings, clip = (
-        training.draw("faces", 1000, seed=100),
-        encoders.load_clip(profile.models["clip"]),
-    )
-    rows = []
+    drawings, rows = training.draw("faces", 1000, seed=100), []
+    clip = encoders.load_clip(profile.models["clip"])
     for run in of:
         score = functools.partial(evaluation.score, reward=finetuning.load_reward(run))
         for kind, eta in (("development", 0.0), ("stochastic", run.settings.eta)):
