@@ -109,10 +109,11 @@ def test_notebook_runs_in_jupyterlab(lab, tab, name, tmp_path):
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert all(cell["execution_count"] for cell in code)
     declared = sum("image/png" in output.get("data", {}) for output in outputs)
-    assert declared > 0
+    assert declared or any("text/html" in output.get("data", {}) for output in outputs)
     shown = f"[...{CURRENT}.node.querySelectorAll('.jp-OutputArea img')]"
     tab.wait_for(f"{shown}.filter(image => image.naturalWidth > 100).length >= {declared}", 20)
-    tab.evaluate(f"{shown}[0].scrollIntoView({{block: 'center'}})")
+    if declared:
+        tab.evaluate(f"{shown}[0].scrollIntoView({{block: 'center'}})")
     tab.photograph(tmp_path / f"{name}.png")
     for number, n_sliders in sliders(cells).items():
         move(tab, number, n_sliders)
