@@ -44,9 +44,11 @@ def commit(source: str) -> str | None:
         return None
     from huggingface_hub import HfApi, constants
 
-    where = {"revision": place[1], "local_files_only": constants.HF_HUB_OFFLINE}
+    api, where = HfApi(), {"revision": place[1], "local_files_only": constants.HF_HUB_OFFLINE}
+    # Left alone it would wait for ever for a server that is silent.
+    api.repo_info = functools.partial(api.repo_info, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     with explained(source):
-        return HfApi().resolve_revision(place[0], **where).resolved
+        return api.resolve_revision(place[0], **where).resolved
 
 
 def fetch(kind: str, source: str) -> Path:

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -387,6 +388,19 @@ def test_too_many_requests_say_what_to_do():
     said = pytest.raises(FileNotFoundError, match="too many requests from here. Wait some minutes")
     with said, hub.explained("google/ddpm-church-256"):
         raise error
+
+
+def test_silent_server_is_not_waited_for_without_end(monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+        began = time.monotonic()
+        with pytest.raises(FileNotFoundError, match="the Hub cannot be reached"):
+            hub.commit("nobody/answers")
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("offline, advice", [(True, "Start without it"), (False, "try again")])
