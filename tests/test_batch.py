@@ -364,6 +364,7 @@ def test_old_figures_stay_where_a_notebook_fails(tmp_path):
     project, out = tmp_path / "project", tmp_path / "out"
     for name in ("ddpo_lib", "config"):
         shutil.copytree(paths.ROOT / name, project / name)
+    shutil.copy(paths.ROOT / "Snakefile", project)
     (project / "data").symlink_to(paths.DATA)
     (project / "notebooks").mkdir()
     (project / "notebooks/contents.yaml").write_text("20_a: {seconds: 1, makes: [extra_20_a]}\n")
@@ -379,7 +380,6 @@ def test_old_figures_stay_where_a_notebook_fails(tmp_path):
         file.write_text(text)
         os.utime(file, (1e9, 1e9))
     env = {"DDPO_ROOT": str(out), "PYTHONPATH": str(project)}
-    shutil.copy(paths.ROOT / "Snakefile", project)
     options = ["-s", project / "Snakefile", "--config", "profile=smoke", "--quiet", "host"]
     said = r"20_a failed in cell \d+, which begins\s+fine / 0"
     with pytest.raises(AssertionError, match=said):

@@ -121,8 +121,7 @@ def fooled(profile: Profile, of: list[Run]):
     it, in standard deviations of the pretrained policy's evaluation set from that set's mean."""
     import pandas as pd
 
-    judges = [regressor.load_regressor(paths.TOY / n) for n in ("regressor", "second-regressor")]
-    rows = []
+    judges, rows = _judges(), []
     for run in of:
         home, reward = finetuning.home(run), finetuning.load_reward(run)
         metrics = runs.metrics(home)
@@ -140,12 +139,10 @@ def fooled(profile: Profile, of: list[Run]):
 
 
 def refitted(profile: Profile, of: list[Run]):
-    """A DataFrame, a row a run of faces and sampler: `refit.promises` about every fourth
-    development set."""
+    """A DataFrame, a row a run of faces and sampler: `refit.promises` of every fourth set."""
     import pandas as pd
 
-    judges = [regressor.load_regressor(paths.TOY / n) for n in ("regressor", "second-regressor")]
-    judges = [functools.partial(taste, policy="faces", judge=judge) for judge in judges]
+    judges = [functools.partial(taste, policy="faces", judge=judge) for judge in _judges()]
     drawings, rows = training.draw("faces", 1000, seed=100), []
     clip = encoders.load_clip(profile.models["clip"])
     for run in of:
@@ -156,6 +153,11 @@ def refitted(profile: Profile, of: list[Run]):
             told = refit.promises(images, base, drawings, clip, score, judges, run.seed)
             rows.append({"task": run.task, "seed": run.seed, "sampler": f"eta{eta:g}", **told})
     return pd.DataFrame(rows).round(4)
+
+
+def _judges() -> list[regressor.Regressor]:
+    """Two, of different seeds."""
+    return [regressor.load_regressor(paths.TOY / n) for n in ("regressor", "second-regressor")]
 
 
 def taste(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> np.ndarray:
