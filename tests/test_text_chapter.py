@@ -101,6 +101,10 @@ def test_tables(small, run):
         (sums.total / sums.n).sort_index(), means.sort_index(), check_names=False, atol=2e-4
     )
     assert set(by_prompt[by_prompt.split == "trained"].new) == {"nothing"}
+    whole = by_prompt[(by_prompt.sampler == "eta1") & (by_prompt.split == "unseen")].whole
+    shown = evaluation.score(both[1], alignment.truth, prompts=unseen) == 1
+    each = [shown[i :: len(unseen)].mean() for i in range(len(unseen))]
+    assert 0 < max(each) and whole.tolist() == pytest.approx(each, abs=1e-4)
     assert len(made["images"]["many-ddpo unseen"]) == text.N_SHOWN
 
 

@@ -44,8 +44,9 @@ def new_in(prompt: str, trained: tuple[str, ...]) -> str:
 
 def table(profile: Profile, of: list[Run]):
     """Two DataFrames over runs, samplers and splits, trained and unseen: of `COLUMNS`, and the same
-    without the Vendi ratio for each prompt, with what is `new` in it. Scores are means over images:
-    alignment as the judge sees it, and truly; base is before finetuning."""
+    without the Vendi ratio for each prompt, with the share of images that truly show the whole of
+    it, and what is `new` in it. Scores are means over images: alignment as the judge sees it, and
+    truly; base is before finetuning."""
     import pandas as pd
 
     measures, clip = _measures(profile), encoders.load_clip(profile.models["clip"])
@@ -64,13 +65,14 @@ def table(profile: Profile, of: list[Run]):
                 def means(at, old=old, new=new):
                     return [each[name][at].mean() for name in SCORES for each in (old, new)]
 
-                whole = slice(None)
-                rows.append([*who, len(both[0]), *means(whole), vendi / old_vendi])
+                rows.append([*who, len(both[0]), *means(slice(None)), vendi / old_vendi])
                 for i, prompt in enumerate(prompts):
                     at = slice(i, None, len(prompts))
                     fresh = new_in(prompt, run.settings.prompts)
-                    by_prompt.append([*who, len(both[0][at]), *means(at), prompt, fresh])
-    each = pd.DataFrame(by_prompt, columns=[*COLUMNS[:-1], "prompt", "new"])
+                    whole = [(each["true"][at] == 1).mean() for each in (old, new)]
+                    by_prompt.append([*who, len(both[0][at]), *means(at), *whole, prompt, fresh])
+    columns = [*COLUMNS[:-1], "whole_base", "whole", "prompt", "new"]
+    each = pd.DataFrame(by_prompt, columns=columns)
     return pd.DataFrame(rows, columns=COLUMNS).round(4), each.round(4)
 
 
