@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ddpo_lib import evaluation, policy, rewards, runs, sampler
+from ddpo_lib import encoders, evaluation, policy, rewards, runs, sampler
 from ddpo_lib.book import finetuning, paths, profiles, results, seeds, text
-from ddpo_lib.toy import alignment, text_quality
+from ddpo_lib.toy import alignment, text_quality, training
 
 FOLDER = paths.TOY / "text-to-image"
 
@@ -104,8 +104,20 @@ def test_tables(small, run):
     whole = by_prompt[(by_prompt.sampler == "eta1") & (by_prompt.split == "unseen")].whole
     shown = evaluation.score(both[1], alignment.truth, prompts=unseen) == 1
     each = [shown[i :: len(unseen)].mean() for i in range(len(unseen))]
-    assert 0 < max(each) and whole.tolist() == pytest.approx(each, abs=1e-4)
+    assert max(each) > 0 and whole.tolist() == pytest.approx(each, abs=1e-4)
     assert len(made["images"]["many-ddpo unseen"]) == text.N_SHOWN
+
+
+def test_astray_are_churches_for_people_and_people_for_churches():
+    drawn = [training.draw(domain, 8, seed=3).pictures for domain in ("faces", "churches")]
+    pictures = np.stack(drawn, axis=1).reshape(16, 64, 64, 3)  # by turns, as prompts are
+    prompts, clip = (
+        ("a person with glasses", "a church at night"),
+        encoders.load_clip(paths.TOY / "clip"),
+    )
+    whole = {"true": lambda pictures, prompts: np.ones(len(pictures))}
+    assert text._view(pictures, prompts, whole, clip)[0].astray.tolist() == [0] * 16
+    assert text._view(pictures, prompts[::-1], whole, clip)[0].astray.tolist() == [1] * 16
 
 
 def test_along(small, run):

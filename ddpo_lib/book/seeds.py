@@ -81,9 +81,8 @@ def shares(profile: Profile):
         profile, faces, lambda images, _: factors.shares(images, judge)
     ):
         rows += [[run.task, run.seed, sampler, name, old[name], new[name]] for name in old]
-    return pd.DataFrame(
-        rows, columns=["task", "seed", "sampler", "group", "before", "after"]
-    ).round(4)
+    columns = ["task", "seed", "sampler", "group", "before", "after"]
+    return pd.DataFrame(rows, columns=columns).round(4)
 
 
 def _before_and_after(profile: Profile, of: list[Run], view: Callable) -> Iterator[tuple]:

@@ -11,6 +11,7 @@ import numpy as np
 from ddpo_lib import diversity, encoders, evaluation, rewards, runs
 from ddpo_lib.book import finetuning, results, seeds
 from ddpo_lib.book.profiles import Profile, Run
+from ddpo_lib.prompts import cycle
 from ddpo_lib.toy import alignment
 
 SCORES = ("alignment", "true", "aesthetic")
@@ -25,17 +26,16 @@ N_SHOWN = 24
 def tables(profile: Profile) -> dict:
     """What `make text` leaves in data/seeds/text."""
     of = seeds.finished(profile)
-    return dict(zip(("text", "by_prompt"), table(profile, of), strict=True)) | {
-        "along": along(profile, of),
-        "images": images(profile, of),
-    }
+    whole, by_prompt = table(profile, of)
+    curves, shown = along(profile, of), images(profile, of)
+    return {"text": whole, "by_prompt": by_prompt, "along": curves, "images": shown}
 
 
 def new_in(prompt: str, trained: tuple[str, ...]) -> str:
     """What training has not seen of a prompt: nothing, their pair, the subject, the attribute, or
     both."""
-    subject, attribute = _parts(prompt)
-    subjects, attributes = map(set, zip(*map(_parts, trained), strict=True))
+    (subject, attribute), *seen = (each.partition(" with ")[::2] for each in (prompt, *trained))
+    subjects, attributes = map(set, zip(*seen, strict=True))
     if prompt in trained:
         return "nothing"
     fresh = (subject not in subjects, attribute not in attributes)
@@ -43,10 +43,10 @@ def new_in(prompt: str, trained: tuple[str, ...]) -> str:
 
 
 def table(profile: Profile, of: list[Run]):
-    """Two DataFrames over runs, samplers and splits, trained and unseen: of `COLUMNS`, and the same
-    without the Vendi ratio for each prompt, with the share of images that truly show the whole of
-    it, and what is `new` in it. Scores are means over images: alignment as the judge sees it, and
-    truly; base is before finetuning."""
+    """Two DataFrames over runs, samplers and splits, trained and unseen: of `COLUMNS`, and of means
+    for each prompt with what is `new` in it. Alignment is as the judge sees it, and truly; base is
+    before finetuning. Of a prompt also the share of images that truly show the whole, and of those
+    that are astray: churches for people, or people for churches."""
     import pandas as pd
 
     measures, clip = _measures(profile), encoders.load_clip(profile.models["clip"])
@@ -59,21 +59,16 @@ def table(profile: Profile, of: list[Run]):
                 if key not in known:
                     known[key] = _view(both[0], prompts, measures, clip)
                 (old, old_vendi), (new, vendi) = known[key], _view(both[1], prompts, measures, clip)
-                told, method = run.task.split("-", 1)
-                who = [told, split, method, run.seed, sampler]
-
-                def means(at, old=old, new=new):
-                    return [each[name][at].mean() for name in SCORES for each in (old, new)]
-
-                rows.append([*who, len(both[0]), *means(slice(None)), vendi / old_vendi])
+                seen = old.add_suffix("_base").join(new)
+                task, method = run.task.split("-", 1)
+                who = dict(zip(COLUMNS, (task, split, method, run.seed, sampler), strict=False))
+                whole = {"n": len(seen), "vendi_ratio": vendi / old_vendi}
+                rows.append({**who, **whole, **seen.mean()})
                 for i, prompt in enumerate(prompts):
-                    at = slice(i, None, len(prompts))
-                    fresh = new_in(prompt, run.settings.prompts)
-                    whole = [(each["true"][at] == 1).mean() for each in (old, new)]
-                    by_prompt.append([*who, len(both[0][at]), *means(at), *whole, prompt, fresh])
-    columns = [*COLUMNS[:-1], "whole_base", "whole", "prompt", "new"]
-    each = pd.DataFrame(by_prompt, columns=columns)
-    return pd.DataFrame(rows, columns=COLUMNS).round(4), each.round(4)
+                    own = seen[i :: len(prompts)]
+                    told = {"prompt": prompt, "new": new_in(prompt, run.settings.prompts)}
+                    by_prompt.append({**who, "n": len(own), **own.mean(), **told})
+    return pd.DataFrame(rows, columns=COLUMNS).round(4), pd.DataFrame(by_prompt).round(4)
 
 
 def along(profile: Profile, of: list[Run]):
@@ -112,11 +107,6 @@ def _splits(run: Run) -> dict[str, tuple[str, ...]]:
     return {name: prompts for name, prompts in both.items() if prompts}
 
 
-def _parts(prompt: str) -> tuple[str, str]:
-    subject, _, attribute = prompt.partition(" with ")
-    return subject, attribute
-
-
 def _measures(profile: Profile) -> dict:
     """Name → a function of uint8 pictures and their prompts, which take turns, to scores (n,)."""
     taste = rewards.load("aesthetic", profile.models)
@@ -124,6 +114,13 @@ def _measures(profile: Profile) -> dict:
     return {name: functools.partial(evaluation.score, reward=own) for name, own in judges.items()}
 
 
-def _view(pictures, prompts, measures, clip) -> tuple[dict[str, np.ndarray], float]:
+def _view(pictures, prompts, measures, clip) -> tuple:
+    """A DataFrame, a row a picture, of scores and shares; and the Vendi score of all."""
+    import pandas as pd
+
     scores = {name: score(pictures, prompts=prompts) for name, score in measures.items()}
-    return scores, diversity.vendi_score(diversity.embed(pictures, clip))
+    embedded = diversity.embed(pictures, clip)
+    kinds = embedded @ encoders.embed_texts(clip, ["a person", "a church"]).detach().cpu().numpy().T
+    asked = ["church" in prompt for prompt in cycle(prompts, len(pictures))]
+    scores |= {"whole": scores["true"] == 1, "astray": kinds.argmax(1) != asked}
+    return pd.DataFrame(scores, dtype=float), diversity.vendi_score(embedded)
