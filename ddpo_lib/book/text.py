@@ -61,7 +61,8 @@ def table(profile: Profile, of: list[Run]):
                 (old, old_vendi), (new, vendi) = known[key], _view(both[1], prompts, measures, clip)
                 seen = old.add_suffix("_base").join(new)
                 task, method = run.task.split("-", 1)
-                who = dict(zip(COLUMNS, (task, split, method, run.seed, sampler), strict=False))
+                who = {"prompts": task, "split": split, "method": method, "seed": run.seed}
+                who["sampler"] = sampler
                 whole = {"n": len(seen), "vendi_ratio": vendi / old_vendi}
                 rows.append({**who, **whole, **seen.mean()})
                 for i, prompt in enumerate(prompts):
