@@ -75,7 +75,7 @@ def rollout(
         eta: 0 deterministic, 1 the stochastic sampler that policy gradients need.
         reduction: of the log-probabilities, see `log_probs.log_prob`.
         batch_size: samples per call of the network; fewer where a GPU's memory holds no more. On a
-            CPU, whose cache they should fit, 100 of 64×64 take 1.3 times as long as 4 times 25.
+            CPU 100 of 64×64 take 1.3 times as long as 4 times 25, unless it keeps what is freed.
         progress: label of a progress bar; None for no bar.
         store: where states and means are kept, see `roomy_device`; by default where the policy is.
         skip: steps that x_T has come through already; it is then the state after them, and the

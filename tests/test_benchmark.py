@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ddpo_lib.book import paths
+from ddpo_lib.book import paths, profiles
 
 
 @pytest.fixture
@@ -55,6 +55,18 @@ def test_finetuning_that_meets_faults_of_the_disk_goes_on_to_the_bit(benchmark, 
 @pytest.mark.skipif(sys.platform != "linux" or os.getuid(), reason="mounts an image: Linux, root")
 def test_power_cut_leaves_no_empty_file_and_the_finetuning_goes_on(benchmark):
     assert not benchmark("disk_faults", "--kinds", "power_cut")["wrong"]
+
+
+def test_badly_drawn_compositions_are_found(benchmark):
+    found = benchmark("hard_prompts", "--images", "1")
+    assert found and max(found.values()) < 0.5
+
+
+@pytest.mark.slow
+def test_set_by_lot_is_what_the_script_finds(benchmark):
+    loop = profiles.load("text").run("painter", "lot-ddpo").settings
+    assert list(benchmark("hard_prompts")) == [*loop.prompts, *loop.unseen_prompts]
+    assert len(loop.prompts) == len(loop.unseen_prompts)
 
 
 def test_fidelity_is_measured(benchmark):
