@@ -24,7 +24,7 @@ seeds: $(INSTALLED) ## five seeds of every task, hours; their tables go to data/
 methods: $(INSTALLED) ## every method on one problem, hours; its table goes to data/seeds/methods
 	@$(VENV)/python -m ddpo_lib.book.reproduce methods --cores $(CORES) --seeds
 
-text: $(INSTALLED) ## text-to-image, about an hour; its tables go to data/seeds/text
+text: $(INSTALLED) ## text-to-image, an hour and a half; its tables go to data/seeds/text
 	@$(VENV)/python -m ddpo_lib.book.reproduce text --cores $(CORES) --seeds
 
 book: $(INSTALLED) ## the notebooks as a site, with a gallery: book/index.html
