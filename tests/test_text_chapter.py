@@ -111,10 +111,8 @@ def test_tables(small, run):
 def test_astray_are_churches_for_people_and_people_for_churches():
     drawn = [training.draw(domain, 8, seed=3).pictures for domain in ("faces", "churches")]
     pictures = np.stack(drawn, axis=1).reshape(16, 64, 64, 3)  # by turns, as prompts are
-    prompts, clip = (
-        ("a person with glasses", "a church at night"),
-        encoders.load_clip(paths.TOY / "clip"),
-    )
+    prompts = ("a person with glasses", "a church at night")
+    clip = encoders.load_clip(paths.TOY / "clip")
     whole = {"true": lambda pictures, prompts: np.ones(len(pictures))}
     assert text._view(pictures, prompts, whole, clip)[0].astray.tolist() == [0] * 16
     assert text._view(pictures, prompts[::-1], whole, clip)[0].astray.tolist() == [1] * 16
