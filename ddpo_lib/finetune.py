@@ -274,9 +274,8 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
     """Draw the development set and write all of an iteration; the checkpoint comes last, so that
     what a crash leaves of an iteration is made again. Returns the row with the set's metrics."""
     learner, settings, iteration = training.learner, training.settings, row["iteration"]
-    sets, row = {}, dict(row)
-    for name, eta in (("development", 0.0), ("stochastic", settings.eta)):
-        pictures, values = sets[name] = _develop(training, eta)
+    sets, row = _develop(training), dict(row)
+    for name, (pictures, values) in sets.items():
         row[f"{name}_reward"], row[f"{name}_sd"] = float(values.mean()), float(values.std(ddof=1))
         row[f"{name}_spread"] = diversity.spread(pictures)
         if training.embed is not None and parallel.is_main():
@@ -298,20 +297,22 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
     return row
 
 
-def _develop(training: Training, eta: float) -> tuple[np.ndarray, np.ndarray]:
-    """The development set at eta, of all processes: pictures uint8 (n, H, W, C), rewards (n,)."""
-    learner, settings = training.learner, training.settings
+def _develop(training: Training) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The development set of all processes at eta = 0 and as in training, in one batch: pictures
+    uint8 (n, H, W, C), rewards (n,)."""
+    learner, settings, sets = training.learner, training.settings, {}
     n, progress = settings.n_development, "development set" if parallel.is_main() else None
-    seeds = development_seeds(training.seed, n)[parallel.share(n)]
-    every = cycle(settings.prompts, n)
-    prompts = every and every[parallel.share(n)]
-    context = policy.encode(learner, prompts)
-    options = {"seeds": seeds, "batch_size": settings.micro_batch, "progress": progress}
-    x_T = sampler.noise(learner, seeds)
-    x_0 = sampler.sample(learner, x_T, settings.n_steps, eta, context=context, **options)
-    images = policy.decode(learner, x_0)
-    pictures = parallel.gather(rewards.to_uint8(images)).numpy()
-    return pictures, parallel.gather(training.reward(images, prompts)).cpu().numpy()
+    seeds = development_seeds(training.seed, n)[parallel.share(n)] * 2
+    prompts = settings.prompts and cycle(settings.prompts, n)[parallel.share(n)]
+    options = {"context": policy.encode(learner, prompts * 2 or None), "progress": progress}
+    options |= {"seeds": seeds, "batch_size": settings.micro_batch}
+    eta = torch.tensor([0.0, settings.eta]).repeat_interleave(len(seeds) // 2)
+    x_0 = sampler.sample(learner, sampler.noise(learner, seeds), settings.n_steps, eta, **options)
+    for name, half in zip(("development", "stochastic"), x_0.chunk(2), strict=True):
+        images = policy.decode(learner, half)
+        values = parallel.gather(training.reward(images, prompts or None)).cpu().numpy()
+        sets[name] = parallel.gather(rewards.to_uint8(images)).numpy(), values
+    return sets
 
 
 def _seeds(seed: int, iteration: int) -> list[int]:

@@ -187,9 +187,9 @@ def _call(policy, x_t, t, context: Context | None) -> torch.Tensor:
     return empty + policy.guidance * (full - empty)
 
 
-def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta: float = 1.0) -> torch.Tensor:
+def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta=1.0) -> torch.Tensor:
     """sigma_t, (N,) float32, of steps from t to t_prev as in `transition`; 0 if deterministic."""
-    if not 0 <= eta <= 1:
+    if not ((torch.as_tensor(eta) >= 0) & (torch.as_tensor(eta) <= 1)).all():
         raise ValueError(f"eta={eta}: must lie between 0 (deterministic) and 1")
     a_t, a_prev = policy.alpha_bar_at(t), policy.alpha_bar_at(t_prev)
     return eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt().flatten()
@@ -205,7 +205,8 @@ def transition(policy, x_t, t, t_prev, eta=1.0, context=None) -> Transition:
         x_t: (N, C, H, W) float32.
         t: (N,) int64 timesteps in [0, T).
         t_prev: (N,) int64, the timesteps to go to, see `steps`; negative for the clean image.
-        eta: 0 for deterministic DDIM, 1 for the DDPM-like sampler that explores.
+        eta: 0 for deterministic DDIM, 1 for the DDPM-like sampler that explores; a number, or one
+            for each sample, (N,) float32.
         context: `Context` of these N samples, or None.
     """
     eps = predict_noise(policy, x_t, t, context)

@@ -111,8 +111,9 @@ def sample(
 ) -> torch.Tensor:
     """The finished samples x_0 (N, C, H, W) in [-1, 1], without keeping the way there.
 
-    Arguments as in `rollout`; at eta = 0 the result is a function of x_T alone. The first `skip`
-    steps are left out: x_T is then the state at timestep `steps(policy, n_steps)[0][skip]`.
+    Arguments as in `rollout`, but eta may be a tensor (N,); at eta = 0 the result is a function of
+    x_T alone. The first `skip` steps are left out: x_T is then the state at timestep
+    `steps(policy, n_steps)[0][skip]`.
     """
     chain = _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip)
     return deque(chain, maxlen=1).pop()[2]
@@ -131,11 +132,12 @@ def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 25) -> to
 def step(policy, x_t, t, t_prev, eta, context=None, batch_size=25) -> Transition:
     """The transition of a whole batch at one timestep (0-d t, t_prev), `batch_size` at a time."""
     check_whole("batch_size", batch_size, 1)
-    t, t_prev = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev))
+    etas = torch.as_tensor(eta, dtype=torch.float32)
+    t, t_prev, etas = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev, etas))
 
     def split(n: int) -> list[Transition]:
         parts = [slice(start, start + n) for start in range(0, len(x_t), n)]
-        given = ((x_t[p], t[p], t_prev[p], eta, context and context.select(p)) for p in parts)
+        given = ((x_t[p], t[p], t_prev[p], etas[p], context and context.select(p)) for p in parts)
         return [transition(policy, *each) for each in given]
 
     done = memory.fit(policy.unet, "sampling", split, min(batch_size, len(x_t)))
@@ -155,19 +157,20 @@ def check_shape(policy: Policy, x: torch.Tensor) -> None:
 def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip=0) -> Iterator:
     """Yield (mean, std, x_prev) of each step, from noise to image."""
     check_shape(policy, x_T)
-    if eta > 0 and (seeds is None or len(seeds) != len(x_T)):
+    stochastic = bool((torch.as_tensor(eta) > 0).any())
+    if stochastic and (seeds is None or len(seeds) != len(x_T)):
         raise ValueError(f"eta={eta}: a stochastic sampler needs a seed for each of {len(x_T)}")
     pairs = list(zip(*steps(policy, n_steps), strict=True))
     if not 0 <= skip < n_steps:
         raise ValueError(f"skip={skip}: of {n_steps} steps, 0 to {n_steps - 1} can be left out")
     memory.start_over(policy.unet)
     draws, x = step_noise(policy, seeds), x_T
-    for _ in range(skip if eta > 0 else 0):  # x_T has seen the noise of the steps left out
+    for _ in range(skip if stochastic else 0):  # x_T has seen the noise of the steps left out
         next(draws)
     for t, t_prev in tqdm(pairs[skip:], desc=progress, disable=progress is None, leave=False):
         done = step(policy, x, t, t_prev, eta, context, batch_size)
         x = done.mean
-        if done.std[0] > 0:
+        if done.std.max() > 0:
             x = x + done.std.view(-1, 1, 1, 1) * next(draws)
         yield done.mean, done.std, x
 

@@ -707,7 +707,7 @@ def test_development_set_is_drawn_in_micro_batches(finetune, monkeypatch):
         sampler, "sample", lambda *a, **k: sizes.append(k["batch_size"]) or sample(*a, **k)
     )
     finetune(n_iterations=1, n_development=5, micro_batch=2)
-    assert sizes == [2] * 4  # by two samplers, before and after
+    assert sizes == [2] * 2  # before and after
 
 
 def test_reward_that_cannot_tell_samples_apart_is_said_to_teach_nothing(finetune, capsys):
@@ -816,7 +816,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(finetune, monkeypatch
         return done
 
     monkeypatch.setattr(loop, "iterate", spoiled)
-    monkeypatch.setattr(loop, "_develop", lambda training, eta: DEVELOPMENT)
+    monkeypatch.setattr(loop, "_develop", lambda training: DEVELOPMENT)
     finetune(n_iterations=1)
     with pytest.raises(FloatingPointError, match="iteration 2: weights .* such as conv_out.bias"):
         finetune(n_iterations=2)
@@ -826,7 +826,9 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(finetune, monkeypatch
     assert all(value.isfinite().all() for value in weights(home / "best").values())
 
 
-DEVELOPMENT = (np.zeros((2, 8, 8, 3), np.uint8), np.array([0.0, 1.0]))
+DEVELOPMENT = dict.fromkeys(
+    ("development", "stochastic"), (np.zeros((2, 8, 8, 3), np.uint8), np.array([0.0, 1.0]))
+)
 
 
 def test_interrupt_says_that_nothing_is_lost(finetune, brightness, capsys):

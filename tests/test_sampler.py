@@ -252,6 +252,19 @@ def test_sample_draws_the_pictures_of_diffusers_pipeline(policy):
     assert difference.abs().max() <= 1  # a value at a rounding edge
 
 
+@pytest.mark.parametrize("skip", [0, 4])
+def test_samples_of_a_batch_may_differ_in_eta(linear, skip):
+    etas, x_T = torch.tensor([0, 1, 0.3, 0, 1, 0.7, 0]), sampler.noise(linear, SEEDS)
+    mixed = sampler.sample(linear, x_T, STEPS, etas, SEEDS, batch_size=3, skip=skip)
+    alone = [
+        sampler.sample(linear, x[None], STEPS, eta.item(), [seed], skip=skip)
+        for x, eta, seed in zip(x_T, etas, SEEDS, strict=True)
+    ]
+    assert mixed.equal(torch.cat(alone))
+    with pytest.raises(ValueError, match="must lie between"):
+        sampler.sample(linear, x_T, STEPS, etas * 2, SEEDS)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_denoised_states(policy, eta):
     trajectory = rollout(policy, eta=eta)

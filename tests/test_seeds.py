@@ -119,6 +119,7 @@ def test_fooled_run_is_measured_from_the_pretrained_policys_set(tmp_path, monkey
     signs = itertools.cycle([-1, -2])
     monkeypatch.setattr(regressor, "load_regressor", lambda folder: next(signs))
     monkeypatch.setattr(seeds, "taste", lambda x, policy, judge: judge * x.mean((1, 2, 3)))
+    monkeypatch.setattr(seeds, "each", lambda view, of, title: [view(run) for run in of])
     of = seeds.fooled(profiles.load("toy"), [run])
     assert of.columns.tolist() == seeds.FOOLED_COLUMNS
     assert of.sampler.tolist() == ["eta0", "eta0", "eta1", "eta1"]
@@ -126,6 +127,16 @@ def test_fooled_run_is_measured_from_the_pretrained_policys_set(tmp_path, monkey
     for name, gain in (("proxy", step), ("truth", -step), ("second_truth", -step)):
         np.testing.assert_allclose(of[name], [0, gain, 0, gain], atol=1e-3)
     assert of.vendi.tolist() == [3, 2, 2, 1]
+
+
+def threads_and_more(number):
+    return torch.get_num_threads(), number + 1
+
+
+def test_runs_are_looked_at_in_order_by_processes_of_one_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    seen = seeds.each(threads_and_more, iter([4, 2, 3]), "runs")
+    assert seen == [(1, 5), (1, 3), (1, 4)]
 
 
 # ------------------------------------------------------------------------------- fitted again

@@ -1,5 +1,9 @@
 """The methods side by side: a finished run of profile methods is a row."""
 
+import contextlib
+import functools
+import io
+
 import numpy as np
 import torch
 
@@ -36,28 +40,29 @@ def table(profile: Profile):
     sets; seconds are the iterations'; kl_nats is `evaluation.kl_nats` of best/."""
     import pandas as pd
 
-    judge = regressor.load_regressor(paths.TOY / "regressor")
-    rows, calls, pretrained = [], {}, {}
-    for run in seeds.finished(profile):
-        home = finetuning.home(run)
-        if run.policy not in pretrained:
-            pretrained[run.policy] = finetuning.load_policy(run)
-        if run.task not in calls:  # the same for every seed
-            calls[run.task] = network_calls(run)
-        told = runs.metrics(home)[1:]
-        best = policy.load(home / "best", bf16=run.settings.bf16)
-        n_steps, noise = run.settings.n_steps, profile.evaluation.seed
-        rows.append({
-            "method": run.objective, "variant": run.task, "task": run.reward, "seed": run.seed,
-            "samples": len(told) * run.settings.n_samples,
-            "network_calls": len(told) * calls[run.task],
-            "seconds": sum(row["seconds"] for row in told),
-            **gains(profile, run, judge),
-            "kl_nats": evaluation.kl_nats(
-                best, pretrained[run.policy], N_KL, n_steps, noise, run.settings.eta
-            ),
-        })  # fmt: skip
+    done = seeds.finished(profile)
+    rows = seeds.each(functools.partial(row, profile), done, "methods")
+    firsts = {run.task: run for run in done}  # the same for every seed
+    calls = dict(zip(firsts, seeds.each(network_calls, firsts.values(), "calls"), strict=True))
+    for run, each in zip(done, rows, strict=True):
+        each["network_calls"] = runs.iterations_done(finetuning.home(run)) * calls[run.task]
     return pd.DataFrame(rows, columns=COLUMNS).round(4)
+
+
+def row(profile: Profile, run: Run) -> dict:
+    """A row of `table` without its network_calls."""
+    home = finetuning.home(run)
+    told, best = runs.metrics(home)[1:], policy.load(home / "best", bf16=run.settings.bf16)
+    n_steps, noise, eta = run.settings.n_steps, profile.evaluation.seed, run.settings.eta
+    return {
+        "method": run.objective, "variant": run.task, "task": run.reward, "seed": run.seed,
+        "samples": len(told) * run.settings.n_samples,
+        "seconds": sum(row["seconds"] for row in told),
+        **gains(profile, run, regressor.load_regressor(paths.TOY / "regressor")),
+        "kl_nats": evaluation.kl_nats(
+            best, finetuning.load_policy(run), N_KL, n_steps, noise, eta
+        ),
+    }  # fmt: skip
 
 
 def images(profile: Profile) -> dict[str, np.ndarray]:
@@ -117,7 +122,8 @@ def network_calls(run: Run) -> int:
     training = begin(run)
     hook = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        finetune.iterate(training, 1)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars that `seeds.each` would mix
+            finetune.iterate(training, 1)
     finally:
         hook.remove()
     return sum(counted)

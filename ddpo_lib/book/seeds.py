@@ -10,9 +10,13 @@ modules of these names.
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
 from ddpo_lib import disk, encoders, evaluation, runs
 from ddpo_lib.book import factors, finetuning, paths, profiles, results
@@ -120,21 +124,25 @@ def fooled(profile: Profile, of: list[Run]):
     it, in standard deviations of the pretrained policy's evaluation set from that set's mean."""
     import pandas as pd
 
-    judges, rows = _judges(), []
-    for run in of:
-        home, reward = finetuning.home(run), finetuning.load_reward(run)
-        metrics = runs.metrics(home)
-        for kind, eta in (("development", 0.0), ("stochastic", run.settings.eta)):
-            base = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
-            views = [functools.partial(evaluation.score, reward=reward)]
-            views += [functools.partial(taste, policy=run.policy, judge=j) for j in judges]
-            origin = [(values.mean(), values.std(ddof=1)) for values in (v(base) for v in views)]
-            for i, drawn in enumerate(runs.development(home, kind)[0]):
-                seen = zip(views, origin, strict=True)
-                means = [(view(drawn).mean() - mean) / sd for view, (mean, sd) in seen]
-                vendi = metrics[i][f"{kind}_vendi"]
-                rows.append([run.policy, run.task, run.seed, f"eta{eta:g}", i, *means, vendi])
+    rows = sum(each(functools.partial(_fooled, profile), of, "curves"), [])
     return pd.DataFrame(rows, columns=FOOLED_COLUMNS).round(4)
+
+
+def _fooled(profile: Profile, run: Run) -> list[list]:
+    """The rows of one run."""
+    home, reward, rows = finetuning.home(run), finetuning.load_reward(run), []
+    metrics = runs.metrics(home)
+    views = [functools.partial(evaluation.score, reward=reward)]
+    views += [functools.partial(taste, policy=run.policy, judge=judge) for judge in _judges()]
+    for kind, eta in (("development", 0.0), ("stochastic", run.settings.eta)):
+        base = results.pretrained_pictures(profile, run.policy, run.settings.bf16, eta)
+        origin = [(values.mean(), values.std(ddof=1)) for values in (v(base) for v in views)]
+        for i, drawn in enumerate(runs.development(home, kind)[0]):
+            seen = zip(views, origin, strict=True)
+            means = [(view(drawn).mean() - mean) / sd for view, (mean, sd) in seen]
+            vendi = metrics[i][f"{kind}_vendi"]
+            rows.append([run.policy, run.task, run.seed, f"eta{eta:g}", i, *means, vendi])
+    return rows
 
 
 def refitted(profile: Profile, of: list[Run]):
@@ -162,6 +170,14 @@ def _judges() -> list[regressor.Regressor]:
 def taste(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> np.ndarray:
     """The rater's true score of uint8 pictures (n, H, W, C), as a regressor reads it, (n,)."""
     return factors.read(pictures, policy, judge)["taste"]
+
+
+def each(view: Callable[[Run], object], of: Iterable[Run], title: str) -> list:
+    """What the view makes of each run. As many processes work as torch has threads, of one thread
+    each: together they are faster than one process with all the threads."""
+    of, alone = list(of), (torch.set_num_threads, (1,))
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), *alone) as pool:
+        return list(tqdm(pool.map(view, of), title, len(of)))
 
 
 def finished(profile: Profile, task: str | None = None) -> list[Run]:
