@@ -45,7 +45,7 @@ def main() -> None:
         task: {
             "seconds": round(medians[task], 3),
             "over_ddpo": round(medians[task] / medians["ddpo"], 3),
-            "network_calls": methods.network_calls(run),
+            "network_calls": methods.network_calls(run) // run.settings.n_iterations,
         }
         for task, run in runs.items()
     }

@@ -1,13 +1,15 @@
 """The methods side by side: a finished run of profile methods is a row."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 
-from ddpo_lib import disk, evaluation, finetune, policy, runs
+from ddpo_lib import disk, evaluation, finetune, objectives, policy, runs
 from ddpo_lib.book import finetuning, paths, results, seeds
 from ddpo_lib.book.profiles import Profile, Run
 from ddpo_lib.toy import regressor
@@ -20,6 +22,11 @@ N_KL = 32
 """Trajectories over which the divergence from the pretrained policy is averaged."""
 N_SHOWN = 8
 """Images of each variant that are kept for the notebooks."""
+SMALL = {
+    "block_out_channels": (4,), "norm_num_groups": 1,
+    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
+}  # fmt: skip
+"""What makes a denoiser's configuration that of a small one."""
 
 
 def tables(profile: Profile) -> dict:
@@ -42,10 +49,10 @@ def table(profile: Profile):
 
     done = seeds.finished(profile)
     rows = seeds.each(functools.partial(row, profile), done, "methods")
-    firsts = {run.task: run for run in done}  # the same for every seed
-    calls = dict(zip(firsts, seeds.each(network_calls, firsts.values(), "calls"), strict=True))
+    asking = {_asking(run): run for run in done}
+    calls = dict(zip(asking, seeds.each(network_calls, asking.values(), "calls"), strict=True))
     for run, each in zip(done, rows, strict=True):
-        each["network_calls"] = runs.iterations_done(finetuning.home(run)) * calls[run.task]
+        each["network_calls"] = calls[_asking(run)]
     return pd.DataFrame(rows, columns=COLUMNS).round(4)
 
 
@@ -112,25 +119,39 @@ def gains(profile: Profile, run: Run, judge: regressor.Regressor) -> dict[str, f
 
 
 def network_calls(run: Run) -> int:
-    """Images through a denoiser, forward, in one iteration: counted while one is made."""
-    counted = []
+    """Images through a denoiser, forward, in all iterations: counted with a small network in place
+    of the pretrained one, which is asked as often."""
+    base, counted = finetuning.load_policy(run), []
+    small = UNet2DModel.from_config(dict(base.unet.config) | SMALL)
+    # Iterations differ where an objective chooses how far its rollouts go.
+    n = run.settings.n_iterations if _has_rollout(run) else 1
 
     def count(module, arguments, output) -> None:
         if hasattr(module, "time_embedding"):  # a denoiser, and none of its layers
             counted.append(len(arguments[0]))
 
-    training = begin(run)
+    training = begin(run, dataclasses.replace(base, unet=small))
     hook = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars that `seeds.each` would mix
-            finetune.iterate(training, 1)
+        for iteration in range(1, n + 1):
+            with contextlib.redirect_stderr(io.StringIO()):  # bars that `seeds.each` would mix
+                finetune.iterate(training, iteration)
     finally:
         hook.remove()
-    return sum(counted)
+    return sum(counted) * run.settings.n_iterations // n
 
 
-def begin(run: Run) -> finetune.Training:
-    """The run's finetuning, before its first iteration."""
-    base, reward = finetuning.load_policy(run), finetuning.load_reward(run)
+def _asking(run: Run) -> tuple:
+    """What decides a run's network calls."""
+    return run.task, run.seed if _has_rollout(run) else None
+
+
+def _has_rollout(run: Run) -> bool:
+    return hasattr(objectives.load(run.objective), "rollout")
+
+
+def begin(run: Run, base: policy.Policy | None = None) -> finetune.Training:
+    """The run's finetuning, before its first iteration; base, if not the pretrained policy."""
+    base, reward = base or finetuning.load_policy(run), finetuning.load_reward(run)
     own = run.objective_settings
     return finetune.prepare(base, reward, run.objective, run.settings, run.seed, own)

@@ -175,9 +175,14 @@ def taste(pictures: np.ndarray, policy: str, judge: regressor.Regressor) -> np.n
 def each(view: Callable[[Run], object], of: Iterable[Run], title: str) -> list:
     """What the view makes of each run. As many processes work as torch has threads, of one thread
     each: together they are faster than one process with all the threads."""
-    of, alone = list(of), (torch.set_num_threads, (1,))
-    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), *alone) as pool:
-        return list(tqdm(pool.map(view, of), title, len(of)))
+    of = list(of)
+    return list(tqdm(_processes().map(view, of), title, len(of)))
+
+
+@functools.cache  # to import what they need takes each several seconds
+def _processes() -> ProcessPoolExecutor:
+    one_thread = (torch.set_num_threads, (1,))
+    return ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), *one_thread)
 
 
 def finished(profile: Profile, task: str | None = None) -> list[Run]:
