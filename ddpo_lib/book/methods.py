@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from ddpo_lib import disk, evaluation, finetune, objectives, policy, runs
+from ddpo_lib import disk, evaluation, finetune, policy, runs
 from ddpo_lib.book import finetuning, paths, results, seeds
 from ddpo_lib.book.profiles import Profile, Run
 from ddpo_lib.toy import regressor
@@ -123,8 +123,8 @@ def network_calls(run: Run) -> int:
     of the pretrained one, which is asked as often."""
     base, counted = finetuning.load_policy(run), []
     small = UNet2DModel.from_config(dict(base.unet.config) | SMALL)
-    # Iterations differ where an objective chooses how far its rollouts go.
-    n = run.settings.n_iterations if _has_rollout(run) else 1
+    # Its iterations differ, for they choose at random where siblings part.
+    n = run.settings.n_iterations if run.objective == "hrf" else 1
 
     def count(module, arguments, output) -> None:
         if hasattr(module, "time_embedding"):  # a denoiser, and none of its layers
@@ -143,11 +143,7 @@ def network_calls(run: Run) -> int:
 
 def _asking(run: Run) -> tuple:
     """What decides a run's network calls."""
-    return run.task, run.seed if _has_rollout(run) else None
-
-
-def _has_rollout(run: Run) -> bool:
-    return hasattr(objectives.load(run.objective), "rollout")
+    return run.task, run.seed if run.objective == "hrf" else None
 
 
 def begin(run: Run, base: policy.Policy | None = None) -> finetune.Training:
