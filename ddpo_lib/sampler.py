@@ -132,8 +132,8 @@ def denoised(policy: Policy, trajectory: Trajectory, batch_size: int = 25) -> to
 def step(policy, x_t, t, t_prev, eta, context=None, batch_size=25) -> Transition:
     """The transition of a whole batch at one timestep (0-d t, t_prev), `batch_size` at a time."""
     check_whole("batch_size", batch_size, 1)
-    etas = torch.as_tensor(eta, dtype=torch.float32)
-    t, t_prev, etas = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev, etas))
+    t, t_prev = (each.expand(len(x_t)).to(x_t.device) for each in (t, t_prev))
+    etas = torch.as_tensor(eta, dtype=torch.float64).expand(len(x_t))
 
     def split(n: int) -> list[Transition]:
         parts = [slice(start, start + n) for start in range(0, len(x_t), n)]
