@@ -190,8 +190,7 @@ def _call(policy, x_t, t, context: Context | None) -> torch.Tensor:
 def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta=1.0) -> torch.Tensor:
     """sigma_t, (N,) float32, of steps from t to t_prev as in `transition`; 0 if deterministic."""
     etas = torch.as_tensor(eta, dtype=torch.float64)
-    wrong = etas[~((etas >= 0) & (etas <= 1))]
-    if len(wrong):
+    if len(wrong := etas[~((etas >= 0) & (etas <= 1))]):
         raise ValueError(f"eta={wrong[0]:.12g}: must lie between 0 (deterministic) and 1")
     a_t, a_prev = policy.alpha_bar_at(t), policy.alpha_bar_at(t_prev)
     return etas.to(a_t) * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt().flatten()

@@ -24,9 +24,9 @@ N_SHOWN = 8
 """Images of each variant that are kept for the notebooks."""
 SMALL = {
     "block_out_channels": (4,), "norm_num_groups": 1,
-    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
+    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "sample_size": 8,
 }  # fmt: skip
-"""What makes a denoiser's configuration that of a small one."""
+"""What makes a denoiser's configuration that of a small one, of small images."""
 
 
 def tables(profile: Profile) -> dict:
@@ -47,23 +47,19 @@ def table(profile: Profile):
     sets; seconds are the iterations'; kl_nats is `evaluation.kl_nats` of best/."""
     import pandas as pd
 
-    done = seeds.finished(profile)
-    rows = seeds.each(functools.partial(row, profile), done, "methods")
-    asking = {_asking(run): run for run in done}
-    calls = dict(zip(asking, seeds.each(network_calls, asking.values(), "calls"), strict=True))
-    for run, each in zip(done, rows, strict=True):
-        each["network_calls"] = calls[_asking(run)]
+    rows = seeds.each(functools.partial(row, profile), seeds.finished(profile), "methods")
     return pd.DataFrame(rows, columns=COLUMNS).round(4)
 
 
 def row(profile: Profile, run: Run) -> dict:
-    """A row of `table` without its network_calls."""
+    """A row of `table`."""
     home = finetuning.home(run)
     told, best = runs.metrics(home)[1:], policy.load(home / "best", bf16=run.settings.bf16)
     n_steps, noise, eta = run.settings.n_steps, profile.evaluation.seed, run.settings.eta
     return {
         "method": run.objective, "variant": run.task, "task": run.reward, "seed": run.seed,
         "samples": len(told) * run.settings.n_samples,
+        "network_calls": network_calls(run),
         "seconds": sum(row["seconds"] for row in told),
         **gains(profile, run, regressor.load_regressor(paths.TOY / "regressor")),
         "kl_nats": evaluation.kl_nats(
@@ -139,11 +135,6 @@ def network_calls(run: Run) -> int:
     finally:
         hook.remove()
     return sum(counted) * run.settings.n_iterations // n
-
-
-def _asking(run: Run) -> tuple:
-    """What decides a run's network calls."""
-    return run.task, run.seed if run.objective == "hrf" else None
 
 
 def begin(run: Run, base: policy.Policy | None = None) -> finetune.Training:
