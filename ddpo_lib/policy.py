@@ -167,7 +167,7 @@ def predict_noise(policy, x_t, t, context: Context | None = None) -> torch.Tenso
         torch.backends.cudnn.allow_tf32 = False
         if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9 has a setting above this one too
             torch.backends.cudnn.conv.fp32_precision = "ieee"
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.bf16):
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=policy.bf16):
         output = _call(policy, x_t, t, context).to(x_t.dtype)
     if policy.scheduler.config.prediction_type == "epsilon":
         return output
@@ -193,7 +193,8 @@ def sigma(policy: Policy, t: torch.Tensor, t_prev: torch.Tensor, eta=1.0) -> tor
     if len(wrong := etas[~((etas >= 0) & (etas <= 1))]):
         raise ValueError(f"eta={wrong[0]:.12g}: must lie between 0 (deterministic) and 1")
     a_t, a_prev = policy.alpha_bar_at(t), policy.alpha_bar_at(t_prev)
-    return etas.to(a_t) * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt().flatten()
+    variance = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+    return etas.to(a_t.device, a_t.dtype) * variance.sqrt().flatten()
 
 
 def transition(policy, x_t, t, t_prev, eta=1.0, context=None) -> Transition:

@@ -44,13 +44,13 @@ def seeds(seed: int, n: int) -> list[int]:
 
 def noise(policy: Policy, seeds: Sequence[int]) -> torch.Tensor:
     """x_T ~ N(0, I), (N, C, H, W); sample i is a function of seeds[i], the same on every device."""
-    return next(_draws(policy, seeds, stream=0)).to(policy.device)
+    return next(_draws(policy, seeds, stream=0))
 
 
 def step_noise(policy: Policy, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
     """The noise of the steps of chains with these seeds, one (N, C, H, W) after the other; it has
     nothing to do with `noise` of the same seeds."""
-    return (z.to(policy.device) for z in _draws(policy, seeds, stream=1))
+    return _draws(policy, seeds, stream=1)
 
 
 def rollout(
@@ -74,12 +74,11 @@ def rollout(
         seeds: N seeds of the steps' noise. Those that x_T came from will do: the streams differ.
         eta: 0 deterministic, 1 the stochastic sampler that policy gradients need.
         reduction: of the log-probabilities, see `log_probs.log_prob`.
-        batch_size: samples per call of the network; fewer where a GPU's memory holds no more. On a
-            CPU 100 of 64×64 take 1.3 times as long as 4 times 25, unless it keeps what is freed.
+        batch_size: samples per call of the network; fewer where a GPU's memory holds no more.
         progress: label of a progress bar; None for no bar.
         store: where states and means are kept, see `roomy_device`; by default where the policy is.
-        skip: steps that x_T has come through already; it is then the state after them, and the
-            trajectory has n_steps - skip.
+        skip: steps that x_T has come through already; it is then the state after them, at timestep
+            `steps(policy, n_steps)[0][skip]`, and the trajectory has n_steps - skip.
     """
     check_shape(policy, x_T)
     t, t_prev = (each[skip:] for each in steps(policy, n_steps))
@@ -112,8 +111,7 @@ def sample(
     """The finished samples x_0 (N, C, H, W) in [-1, 1], without keeping the way there.
 
     Arguments as in `rollout`, but eta may be a tensor (N,); at eta = 0 the result is a function of
-    x_T alone. The first `skip` steps are left out: x_T is then the state at timestep
-    `steps(policy, n_steps)[0][skip]`.
+    x_T alone.
     """
     chain = _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip)
     return deque(chain, maxlen=1).pop()[2]
@@ -176,9 +174,10 @@ def _chain(policy, x_T, n_steps, eta, seeds, context, batch_size, progress, skip
 
 
 def _draws(policy: Policy, seeds: Sequence[int], stream: int) -> Iterator[torch.Tensor]:
-    """Noise (N, C, H, W) without end, on the CPU; the streams of one seed are independent."""
+    """Noise (N, C, H, W) without end, made on the CPU; the streams of one seed are independent."""
     check_whole("number of seeds", len(seeds), 1)
+    device, shape = policy.device, policy.image_shape  # asked once: for it every layer is looked at
     mixed = [np.random.SeedSequence([seed, stream]).generate_state(1)[0] for seed in seeds]
     generators = [torch.Generator().manual_seed(int(seed)) for seed in mixed]
     while True:
-        yield torch.stack([torch.randn(policy.image_shape, generator=each) for each in generators])
+        yield torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)

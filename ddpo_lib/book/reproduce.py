@@ -44,8 +44,10 @@ def main() -> None:
 def snakemake(profile: str, cores: int, *target: str) -> list[str]:
     """The batch's command. Snakemake's own lock outlives a kill and would block the next start, so
     it is off. What must never happen twice at once, the finetuning of one run, takes a lock that
-    dies with its process."""
+    dies with its process. After every job it asks once a second more whether another may
+    start, which after fifty jobs took 4 % of a core: it is told to ask less often."""
     options = ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "host"]
+    options += ["--max-jobs-per-timespan", "100/5s"]
     settings = ["--cores", str(cores), "--config", f"profile={profile}"]
     return [sys.executable, "-m", "snakemake", *settings, *options, *target]
 

@@ -79,6 +79,7 @@ def pictures(
         n, n_steps, seed = dataclasses.astuple(settings)
         label = f"evaluation set, {n} at η = {eta:g}"
         drawn = evaluation.draw(agent, n, n_steps, seed, eta, progress=label, prompts=prompts)
+        drawn = np.ascontiguousarray(drawn)  # as it will be read, for sums depend on the order
         with disk.replacing(cache) as draft:
             np.savez(draft, pictures=drawn, key=key)
     return drawn
