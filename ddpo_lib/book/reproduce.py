@@ -44,8 +44,8 @@ def main() -> None:
 def snakemake(profile: str, cores: int, *target: str) -> list[str]:
     """The batch's command. Snakemake's own lock outlives a kill and would block the next start, so
     it is off. What must never happen twice at once, the finetuning of one run, takes a lock that
-    dies with its process. After every job it asks once a second more whether another may
-    start, which after fifty jobs took 4 % of a core: it is told to ask less often."""
+    dies with its process. With every job that ends, Snakemake asks once a second more whether
+    another may start: 4 % of a core after fifty jobs. With 5s it asks every five seconds."""
     options = ["--nolock", "--rerun-incomplete", "--keep-going", "--quiet", "host"]
     options += ["--max-jobs-per-timespan", "100/5s"]
     settings = ["--cores", str(cores), "--config", f"profile={profile}"]
