@@ -1,11 +1,11 @@
-"""Which compositions the toy text-to-image policy draws badly, and which of them a lot puts first.
+"""Which compositions the toy text-to-image policy draws badly, and in which random order.
 
     python benchmarks/hard_prompts.py [--images 16]
 
 Of every subject with every attribute the mean true alignment of images at eta = 0 with guidance 3,
 from other noise than any evaluation set's. Those below 0.5 are badly drawn; they come in the order
-of a shuffle with seed 0. The set "lot" of config/text.yaml is trained on their first half, and the
-other half is unseen. Prints one JSON object: prompt → alignment; two minutes and a half.
+of a shuffle with seed 0. The task lot-ddpo of config/text.yaml is trained on their first half, and
+the other half is unseen. Prints one JSON object: prompt → alignment; two minutes and a half.
 """
 
 import argparse
