@@ -77,8 +77,7 @@ def run(small, tmp_path_factory):
         yield run
 
 
-def test_tables(small, run, monkeypatch):
-    monkeypatch.setattr(seeds, "each", lambda view, of, title: [view(run) for run in of])
+def test_tables(small, run):
     made = text.tables(small)
     table, by_prompt = made["text"], made["by_prompt"]
     assert table.columns.tolist() == text.COLUMNS

@@ -56,15 +56,13 @@ def row(profile: Profile, run: Run) -> dict:
     home = finetuning.home(run)
     told, best = runs.metrics(home)[1:], policy.load(home / "best", bf16=run.settings.bf16)
     n_steps, noise, eta = run.settings.n_steps, profile.evaluation.seed, run.settings.eta
+    kl = evaluation.kl_nats(best, finetuning.load_policy(run), N_KL, n_steps, noise, eta)
     return {
         "method": run.objective, "variant": run.task, "task": run.reward, "seed": run.seed,
-        "samples": len(told) * run.settings.n_samples,
-        "network_calls": network_calls(run),
+        "samples": len(told) * run.settings.n_samples, "network_calls": network_calls(run),
         "seconds": sum(row["seconds"] for row in told),
         **gains(profile, run, regressor.load_regressor(paths.TOY / "regressor")),
-        "kl_nats": evaluation.kl_nats(
-            best, finetuning.load_policy(run), N_KL, n_steps, noise, eta
-        ),
+        "kl_nats": kl,
     }  # fmt: skip
 
 

@@ -87,11 +87,14 @@ def pictures(
 
 def finish(profile: Profile, run: Run) -> dict:
     """Score a run's best checkpoint, in evaluation.json, which makes the run complete, and on the
-    model card. ValueError if the run was not begun."""
+    model card; draw its sets of unseen prompts too. ValueError if the run was not begun."""
     if not finetuning.begun(run):
         raise ValueError(f"{run.name} was not begun: finetune it first")
     home, clip = finetuning.home(run), encoders.load_clip(profile.models["clip"])
     samplers = {name: measure(profile, run, eta, clip) for name, eta in etas(run).items()}
+    if unseen := run.settings.unseen_prompts:
+        for eta in etas(run).values():
+            sets(profile, run, eta, unseen)
     result = {"n": profile.evaluation.n, "iterations": runs.iterations_done(home), **samplers}
     disk.write_json(home / "evaluation.json", result)
     model_cards.save(home)

@@ -116,11 +116,8 @@ def _shown(entry: dict) -> list[str]:
 @functools.cache
 def equations() -> list[tuple[str, str]]:
     """Pages and the numbers of the equations that they show, in order."""
-    names = sum(notebooks().values(), [])
-    texts = {
-        name: (paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8") for name in names
-    }
-    return [(f"notebooks/{name}", n) for name in names for n in _tags(texts[name])]
+    files = [paths.NOTEBOOKS / f"{name}.ipynb" for name in sum(notebooks().values(), [])]
+    return [(f"notebooks/{f.stem}", n) for f in files for n in _tags(f.read_text(encoding="utf-8"))]
 
 
 def _tags(text: str) -> list[str]:

@@ -26,7 +26,6 @@ N_SHOWN = 24
 def tables(profile: Profile) -> dict:
     """What `make text` leaves in data/seeds/text."""
     of = seeds.finished(profile)
-    seeds.each(functools.partial(_draw, profile), of, "evaluation sets")
     whole, by_prompt = table(profile, of)
     curves, shown = along(profile, of), images(profile, of)
     return {"text": whole, "by_prompt": by_prompt, "along": curves, "images": shown}
@@ -102,13 +101,6 @@ def images(profile: Profile, of: list[Run]) -> dict[str, np.ndarray]:
                 base = f"{run.task.split('-')[0]} {split}, guidance {run.guidance:g}"
                 shown |= {base: before[:N_SHOWN], f"{run.task} {split}": after[:N_SHOWN]}
     return shown
-
-
-def _draw(profile: Profile, run: Run) -> None:
-    """Draw the evaluation sets, which `results.sets` then finds."""
-    for prompts in _splits(run).values():
-        for eta in results.etas(run).values():
-            results.sets(profile, run, eta, prompts)
 
 
 def _splits(run: Run) -> dict[str, tuple[str, ...]]:
