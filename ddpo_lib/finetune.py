@@ -73,8 +73,8 @@ def finetune(
         reward: images (N, C, H, W) in [-1, 1] to N numbers, higher is better; see `rewards`.
         objective: a name, "ddpo", or a module of your own; see `objectives`.
         settings: of the loop.
-        home: the run's folder, see `runs`; returned. Its best/ is the policy with the highest
-            reward of the development set, for `policy.load` or plain diffusers.
+        home: the run's folder, see `runs`; returned. Its best/ is the policy that
+            `settings.select_by` keeps, for `policy.load` or plain diffusers.
         seed: of noise and mini-batches, at least 0.
         objective_settings: the objective's `Settings`; its defaults if None.
         embed: pictures (n, H, W, C) uint8 to embeddings (n, D) of length 1, such as
@@ -287,8 +287,8 @@ def _keep(training: Training, home: Path, row: dict, lists: dict, start=None) ->
     checkpoints.check_finite(learner, training.helpers)
     runs.save_development(home, iteration, sets)
     runs.append_metrics(home, row | lists)
-    reward = row[f"{settings.select_by}_reward"]
-    kept = runs.best(home) if iteration > 0 else None
+    reward = row.get(f"{settings.select_by}_reward", row["development_reward"])
+    kept = runs.best(home) if iteration > 0 and settings.select_by != "latest" else None
     # One of this iteration is a crash's, which is made again.
     if not kept or kept["iteration"] == iteration or reward > kept["reward"]:
         checkpoints.save_best(home, learner, iteration, reward)

@@ -4,7 +4,7 @@ settings.json         what decides the run, and the settings of memory and speed
 metrics.jsonl         one line before training and one an iteration, see `metrics`
 development/NNN.npz   the development set after NNN iterations, by two samplers: see `development`
 last/                 a DDPMPipeline folder with the optimizer and the position, to go on from
-best/                 a DDPMPipeline folder of the highest reward; best.json says which
+best/                 a DDPMPipeline folder, see `select_by`; best.json says of which iteration
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def iterations_done(home: Path) -> int:
 
 def best(home: Path) -> dict:
     """best/'s record, written with its weights: `iteration` it is of, and the `reward` of the
-    development set by which it was selected."""
+    development set then; see `settings.Finetune.select_by`."""
     with whole(home / "best", home):
         return disk.read_json(home / "best" / "best.json")
 

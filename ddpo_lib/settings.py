@@ -113,10 +113,10 @@ class Finetune:
     n_development: int = number(64, 2)
     """Images of the development set, drawn from fixed noise after every iteration: at eta = 0, and
     from the same initial noise by the training sampler."""
-    select_by: str = choice("development", "stochastic")
+    select_by: str = choice("development", "stochastic", "latest")
     """best/ has the highest mean reward of the development set: as "development", at eta = 0, the
-    sampler that model cards name and whose noise does not blur the choice; or "stochastic", by the
-    training sampler."""
+    sampler that model cards name and whose noise does not blur the choice; as "stochastic", by the
+    training sampler. Or it is the "latest", where a reward is no reason to choose."""
     bf16: bool = True
     """Run the network under bfloat16 autocast, on a GPU only if it has bfloat16."""
 

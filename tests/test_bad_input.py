@@ -125,7 +125,7 @@ entry("loop", ValueError, lambda _, given: Finetune(**given), [
     ({"max_grad_norm": 0}, "max_grad_norm=0: must be > 0"),
     ({"max_grad_norm": INF}, "max_grad_norm=inf: must be > 0 and finite"),
     ({"n_development": 1}, "n_development=1: must be >= 2"),
-    ({"select_by": "best"}, "'best': must be one of ('development', 'stochastic')"),
+    ({"select_by": "best"}, "'best': must be one of ('development', 'stochastic', 'latest')"),
     ({"bf16": "yes"}, "bf16='yes': must be of type bool"),
 ])
 

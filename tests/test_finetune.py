@@ -408,6 +408,13 @@ def test_best_is_the_policy_with_the_highest_development_reward(finetune, bright
     other = finetune("stochastic", select_by="stochastic")
     assert runs.best(other)["iteration"] == 2
     assert runs.best(other)["reward"] == runs.development(other, "stochastic")[1][2].mean()
+    brightness.calls = 0
+    latest = finetune("latest", select_by="latest")
+    assert runs.best(latest) == runs.best(latest) | {
+        "iteration": 3, "reward": runs.development(latest)[1][3].mean()
+    }  # fmt: skip
+    best, last = weights(latest / "best"), weights(latest / "last")
+    assert all(best[key].equal(value) for key, value in last.items())
 
     brightness.script = None
     after_one = weights(finetune("one", n_iterations=1) / "last")

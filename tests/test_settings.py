@@ -38,7 +38,7 @@ NUMBERS = {
 CHOICES = {
     "log_prob_reduction": ("mean", "sum"),
     "lr_schedule": ("constant", "warmup_cosine"),
-    "select_by": ("development", "stochastic"),
+    "select_by": ("development", "stochastic", "latest"),
 }
 SWITCHES = ("gradient_checkpointing", "bf16")
 TEXTS = ("prompts", "unseen_prompts")

@@ -73,7 +73,7 @@ def save(home: Path) -> None:
         n_steps=settings["n_steps"],
         metrics=_table((name, *own) for name, own in metrics.items()),
         best=best,
-        sampler=f"at η = {etas[settings['select_by']]}",
+        selected=settings["select_by"],
         done=done,
         settings=_table({"seed": run["seed"], **settings, **run["objective_settings"]}.items()),
     )
