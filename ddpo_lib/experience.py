@@ -70,6 +70,11 @@ def standardise(rewards: torch.Tensor, groups: torch.Tensor | None = None) -> to
     return result
 
 
+def advantages(rewards: torch.Tensor, clip: float, groups=None) -> torch.Tensor:
+    """Standardised rewards (N,) clamped to ± clip, float32; groups as in `standardise`."""
+    return standardise(rewards, groups).clamp(-clip, clip).float()
+
+
 def peers(groups: torch.Tensor | None, n: int) -> list[torch.Tensor]:
     """The indices of each group's samples, of labels (n,); all of them where groups is None."""
     if groups is None:
@@ -96,23 +101,16 @@ def rescore_by(network, policy: Policy, trajectory: Trajectory, step, sample) ->
         return rescore(replace(policy, unet=network), trajectory, step, sample)
 
 
-def roll_out(policy: Policy, loop, seeds, context=None, x=None, skip: int = 0) -> Trajectory:
-    """Trajectories under the loop's settings: from the seeds' noise, or from states x (N, C, H, W)
-    that have come through the first `skip` steps already."""
-    x = sampler.noise(policy, seeds) if x is None else x
+def roll_out(policy: Policy, loop, seeds, context=None, x=None, skip=0, together=1) -> Trajectory:
+    """Trajectories under the loop's settings: from the seeds' noise, which `together` consecutive
+    samples share, or from states x (N, C, H, W) that have come through `skip` steps already."""
+    if x is None:
+        x = sampler.noise(policy, [seeds[i - i % together] for i in range(len(seeds))])
     chain = {"eta": loop.eta, "reduction": loop.log_prob_reduction, "skip": skip}
     chain["context"] = context
     chain |= {"batch_size": loop.micro_batch, "progress": "rollout" if parallel.is_main() else None}
     store = sampler.roomy_device(policy, len(seeds), loop.n_steps)
     return sampler.rollout(policy, x, loop.n_steps, seeds, store=store, **chain)
-
-
-def shared_noise(policy: Policy, seeds, size: int) -> torch.Tensor:
-    """Initial noise (N, C, H, W) that `size` consecutive samples share."""
-    if len(seeds) % size:
-        needed = "n_samples and each process's share must be multiples of it"
-        raise ValueError(f"groups of {size} among {len(seeds)} samples: {needed}")
-    return sampler.noise(policy, [seeds[i - i % size] for i in range(len(seeds))])
 
 
 def frozen(policy: Policy) -> torch.nn.Module:

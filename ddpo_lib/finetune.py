@@ -141,7 +141,7 @@ def iterate(training: Training, iteration: int) -> tuple[torch.Tensor, list[dict
     batches = []
     for _ in range(settings.n_inner_epochs):
         batches += objective.units(experience, training.own, settings, generator)
-    experience = dataclasses.replace(experience, rewards=scores[share])
+    experience = dataclasses.replace(experience, rewards=scores[share], groups=None, denoised=None)
     credit = credit[..., share]
 
     def loss(rows):
@@ -214,7 +214,7 @@ def prepare(base, reward, objective, settings, seed, own=None, embed=None) -> Tr
 
 def _identity(base, reward, training) -> dict:
     """What decides the result, and nothing more."""
-    functions = [getattr(training.objective, name) for name in objectives.FUNCTIONS]
+    functions = [getattr(training.objective, name, None) for name in objectives.PARTS]
     return {
         "policy": fingerprint(base),
         "reward": {"name": rewards.name(reward), "fingerprint": fingerprint(reward)},

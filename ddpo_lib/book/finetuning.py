@@ -139,7 +139,7 @@ def _record(run: Run, old: dict | None = None) -> dict:
     """What decides the run; or would, if it were the one whose record is given."""
     objective, reward, own = objectives.load(run.objective), run.reward, []
     if not objective.__name__.startswith("ddpo_lib."):
-        own = [getattr(objective, name) for name in objectives.FUNCTIONS]
+        own = [getattr(objective, name, None) for name in objectives.PARTS]
     if reward not in rewards.REWARDS:
         own.append(reward if callable(reward) else rewards.load(reward))
         reward = f"own:{rewards.name(reward)}" if callable(reward) else reward

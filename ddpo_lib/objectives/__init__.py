@@ -32,6 +32,7 @@ import importlib.util
 from types import ModuleType
 
 FUNCTIONS = ("Settings", "helpers", "credit", "units", "loss")
+PARTS = (*FUNCTIONS, "rollout", "tend", "SCORES_DENOISED")
 
 
 def load(objective: str | ModuleType) -> ModuleType:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ddpo_lib.experience import draw_steps, frozen, rescore, rescore_by, roll_out, shared_noise
+from ddpo_lib.experience import draw_steps, frozen, rescore, rescore_by, roll_out
 from ddpo_lib.objectives.ddpo import check_groups
 from ddpo_lib.settings import check, number
 
@@ -40,7 +40,7 @@ def helpers(policy, settings, loop) -> torch.nn.Module:
 
 def rollout(policy, settings, loop, helpers, seeds, context, iteration, generator):
     """The learner's trajectories, two from each initial noise."""
-    return roll_out(policy, loop, seeds, context, shared_noise(policy, seeds, PAIR))
+    return roll_out(policy, loop, seeds, context, together=PAIR)
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:

@@ -16,16 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpo_lib.experience import (
-    draw_steps,
-    frozen,
-    pairs,
-    rescore,
-    rescore_by,
-    roll_out,
-    shared_noise,
-    standardise,
-)
+from ddpo_lib import parallel
+from ddpo_lib.experience import advantages, draw_steps, frozen, pairs, rescore, rescore_by, roll_out
 from ddpo_lib.log_probs import kl
 from ddpo_lib.sampler import Trajectory
 from ddpo_lib.settings import check, choice, number
@@ -64,38 +56,43 @@ def helpers(policy, settings, loop) -> torch.nn.Module | None:
     if settings.estimator == "sf" and not one_update:
         needed = f"set minibatch_size to n_samples, {loop.n_samples}, and n_inner_epochs to 1"
         raise ValueError(f"estimator='sf' allows one update per rollout: {needed}; or take 'is'")
-    if settings.advantage_scope == "minibatch" and loop.minibatch_size == 1:
-        fault = "advantage_scope='minibatch' with minibatch_size=1: nothing would be learned"
-        raise ValueError(f"{fault}; take 'iteration' or larger mini-batches")
+    alike = loop.minibatch_size > 1 and settings.group_size == 1 and not loop.prompts
+    if settings.advantage_scope == "minibatch" and not alike:
+        needed = "minibatch_size > 1, group_size=1, no prompts; or take 'iteration'"
+        raise ValueError(f"advantage_scope='minibatch' needs {needed}")
     check_groups(settings.group_size, loop)
     return frozen(policy) if settings.kl_weight else None
 
 
 def check_groups(size: int, loop, *others: str) -> None:
-    """ValueError unless samples of an iteration, of a prompt, and of `others` are whole groups."""
+    """ValueError unless samples of an iteration, of a prompt, of a process, and of `others` are
+    whole groups."""
     for name in ("n_samples", *others, *["samples_per_prompt"] * bool(loop.prompts)):
         if (n := getattr(loop, name)) % size:
             raise ValueError(f"{name}={n} is no multiple of the groups' size, {size}")
+    n, parts = loop.n_samples, parallel.n_processes()
+    if any(n * i // parts % size for i in range(parts)):
+        raise ValueError(
+            f"n_samples={n} in {parts} processes: each must hold whole groups of {size}"
+        )
 
 
 def rollout(policy, settings, loop, helpers, seeds, context, _, generator) -> Trajectory:
     """The learner's trajectories; from shared noise where there are groups."""
-    return roll_out(policy, loop, seeds, context, shared_noise(policy, seeds, settings.group_size))
+    return roll_out(policy, loop, seeds, context, together=settings.group_size)
 
 
 def credit(experience, settings, loop, helpers) -> torch.Tensor:
     """The advantage of every sample, (N,) float32."""
-    groups, order = experience.groups, torch.arange(len(experience.rewards))
-    if settings.group_size > 1:
-        groups = order // settings.group_size
-    elif settings.advantage_scope == "minibatch":
-        groups = order // loop.minibatch_size
+    groups = compared(experience, settings, loop)
     return advantages(experience.rewards, settings.advantage_clip, groups)
 
 
-def advantages(rewards: torch.Tensor, clip: float, groups=None) -> torch.Tensor:
-    """Standardised rewards (N,) clamped to ± clip, float32; groups as in `standardise`."""
-    return standardise(rewards, groups).clamp(-clip, clip).float()
+def compared(experience, settings, loop) -> torch.Tensor | None:
+    """Labels (N,) of the samples that are compared with each other; None for all."""
+    within = {"minibatch": loop.minibatch_size, "iteration": settings.group_size}
+    together = within[settings.advantage_scope]
+    return torch.arange(len(experience.rewards)) // together if together > 1 else experience.groups
 
 
 def units(experience, settings, loop, generator) -> list[torch.Tensor]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpo_lib.experience import roll_out
+from ddpo_lib.experience import learnable_steps, roll_out
 from ddpo_lib.objectives import ddpo
 from ddpo_lib.objectives.ddpo import credit, helpers, loss, units  # noqa: F401
-from ddpo_lib.policy import steps
+from ddpo_lib.policy import sigma, steps
 from ddpo_lib.sampler import noise
 from ddpo_lib.settings import choice, number
 
@@ -41,17 +41,19 @@ def rollout(policy, settings, loop, _, seeds, context, iteration, generator):
     """The siblings' trajectories, from the step at which they part."""
     first = seeds[:: settings.group_size]
     told = context and context.select(slice(None, None, settings.group_size))
-    parents = roll_out(policy, loop, first, told).x_0.to(policy.device)
-    start = start_step(settings, loop.n_steps, iteration, generator)
-    a_t = policy.alpha_bar_at(steps(policy, loop.n_steps)[0][start].view(1)).to(parents.device)
-    fresh = noise(policy, [seed + 1 for seed in first])
-    states = a_t.sqrt() * parents + (1 - a_t).sqrt() * fresh
-    states = states.repeat_interleave(settings.group_size, 0)[: len(seeds)]
+    # By seeds of their own: a sibling's noise must not be in the state from which it starts.
+    parents = roll_out(policy, loop, [seed + 1 for seed in first], told).x_0.to(policy.device)
+    t, t_prev = steps(policy, loop.n_steps)
+    last = learnable_steps(sigma(policy, t, t_prev, loop.eta), loop.min_std)[-1]
+    start = min(start_step(settings, loop.n_steps, iteration, generator), int(last))
+    a_t = policy.alpha_bar_at(t[start].view(1)).to(parents.device)
+    states = a_t.sqrt() * parents + (1 - a_t).sqrt() * noise(policy, first)
+    states = states.repeat_interleave(settings.group_size, 0)
     return roll_out(policy, loop, seeds, context, states, skip=start)
 
 
 def start_step(settings, n_steps: int, iteration: int, generator) -> int:
-    """s, the number of steps that siblings have in common; at least 1 stochastic step is left."""
+    """s, the number of steps that siblings have in common; of short chains it may be all."""
     half, end = n_steps // 2, n_steps - 3
     late = settings.window == "moving" and iteration > settings.move_at
     low, high = (half, end) if late else (0, end if settings.window == "anywhere" else half)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ddpo_lib.experience import corrupt, frozen, frozen_copy, roll_out
-from ddpo_lib.objectives.ddpo import advantages
+from ddpo_lib.experience import advantages, corrupt, frozen, frozen_copy, roll_out
 from ddpo_lib.objectives.rwr import units  # noqa: F401
 from ddpo_lib.policy import predict_noise
 from ddpo_lib.settings import check, number

@@ -16,7 +16,7 @@ import torch
 
 from ddpo_lib.experience import peers
 from ddpo_lib.objectives import ddpo
-from ddpo_lib.objectives.ddpo import helpers, loss, rollout, units  # noqa: F401
+from ddpo_lib.objectives.ddpo import compared, helpers, loss, rollout, units  # noqa: F401
 from ddpo_lib.settings import number
 
 SCORES_DENOISED = True
@@ -34,7 +34,7 @@ def credit(experience, settings, loop, _) -> torch.Tensor:
     """A of every decision, (T, N) float32."""
     to_go = (experience.rewards - experience.denoised)[experience.steps]
     centred = to_go.clone()
-    for members in peers(experience.groups, to_go.shape[1]):
+    for members in peers(compared(experience, settings, loop), to_go.shape[1]):
         centred[:, members] -= to_go[:, members].mean(1, keepdim=True)
     advantage = torch.zeros_like(experience.denoised)
     advantage[experience.steps] = centred / (centred.square().mean().sqrt() + 1e-8)

@@ -39,7 +39,7 @@ class Value(nn.Module):
 
 
 def new_value(policy) -> Value:
-    """A critic for the policy's states; its weights are a seed's, so that runs can be repeated."""
+    """A critic for the policy's states; its weights are the same in all runs, whatever the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         critic = Value(policy.image_shape[0], len(policy.alpha_bar))
