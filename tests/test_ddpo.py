@@ -554,3 +554,30 @@ def test_objectives_by_name_and_as_modules():
     assert objectives.load("ddpo") is ddpo
     assert objectives.load("ddpo_lib.objectives.ddpo") is ddpo
     assert objectives.load(ddpo) is ddpo
+
+
+def test_a_helpers_gradient_is_rescaled_apart_from_the_policys():
+    network, helper = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    with torch.no_grad():
+        network.weight.zero_(), helper.weight.zero_()
+    groups = [
+        {"params": [network.weight], "factor": 1.0},
+        {"params": [helper.weight], "factor": 20.0},
+    ]
+
+    def loss(part):
+        value = 3 * network.weight + 400 * helper.weight
+        return value.view(1).expand(len(part)), {}
+
+    limits = {"n_units": 4, "micro_batch": 3, "max_grad_norm": 0.5, "rate": 0.1}
+    optimizer = torch.optim.SGD(groups, lr=9.0)
+    done = take_step(network, optimizer, torch.zeros(4, 1, 2, dtype=torch.int64), loss, **limits)
+    assert done["grad_norm"] == pytest.approx(3) and done["learning_rate"] == 0.1
+    assert network.weight.item() == pytest.approx(-0.1 * 0.5, rel=1e-4)
+    assert helper.weight.item() == pytest.approx(-2.0 * 0.5, rel=1e-4)
+
+
+def test_score_function_allows_no_second_epoch():
+    twice = Finetune(n_samples=4, minibatch_size=4, n_inner_epochs=2)
+    with pytest.raises(ValueError, match="n_inner_epochs to 1"):
+        ddpo.helpers(None, ddpo.Settings(estimator="sf"), twice)

@@ -198,3 +198,30 @@ def test_kl_of_a_trajectory_is_the_sum_of_its_steps(new_policy):
         total += torch.distributions.kl_divergence(*normals).sum((1, 2, 3)).detach()
     assert found == pytest.approx(total.mean().item(), rel=1e-5)
     assert evaluation.kl_nats(one, one, n=3, n_steps=5, seed=4) == 0
+
+
+def test_kl_of_a_trajectory_is_of_the_sampler_that_is_asked_for(new_policy):
+    one, two = new_policy(seed=0), new_policy(seed=1)
+    seeds = sampler.seeds(4, 3)
+    chain = sampler.rollout(one, sampler.noise(one, seeds), 5, seeds, 0.5)
+    total = 0.0
+    for k in range(4):
+        t, t_prev = (each[k].expand(3) for each in (chain.timesteps, chain.t_prev))
+        p, q = (policies.transition(each, chain.states[k], t, t_prev, 0.5) for each in (one, two))
+        p, q = (
+            torch.distributions.Normal(x.mean.double(), p.std.double().view(-1, 1, 1, 1))
+            for x in (p, q)
+        )
+        total += torch.distributions.kl_divergence(p, q).sum().item() / 3
+    assert evaluation.kl_nats(one, two, 3, 5, seed=4, eta=0.5) == pytest.approx(total, rel=1e-5)
+
+
+def test_score_tells_every_part_its_own_prompts():
+    pictures, seen = np.zeros((7, 8, 8, 3), np.uint8), []
+
+    def reward(images, prompts):
+        seen.extend(prompts)
+        return torch.zeros(len(images))
+
+    evaluation.score(pictures, reward, batch_size=3, prompts=("a", "b"))
+    assert seen == ["a", "b", "a", "b", "a", "b", "a"]

@@ -19,6 +19,7 @@ from ddpo_lib import finetune as loop
 from ddpo_lib import policy as policies
 from ddpo_lib.objectives import ddpo
 from ddpo_lib.policy import Policy
+from ddpo_lib.settings import Finetune
 
 N_CALLS = 11
 """Of the reward in a run of three iterations: the development set by two samplers, then a rollout
@@ -843,3 +844,31 @@ def test_interrupt_says_that_nothing_is_lost(finetune, brightness, capsys):
     with pytest.raises(KeyboardInterrupt):
         finetune()
     assert "keeps what was done; the next start goes on with it" in capsys.readouterr().out
+
+
+def test_mini_batches_are_drawn_anew_for_every_epoch_and_iteration(finetune, monkeypatch):
+    calls = []
+    spy(monkeypatch, calls)
+    finetune(n_iterations=4, n_inner_epochs=2, n_samples=8, minibatch_size=2, micro_batch=8)
+    batches = [tuple(sorted(rows[:, 0, 1].unique().tolist())) for _, rows, _, _ in calls]
+    epochs = [tuple(batches[i : i + 4]) for i in range(0, 32, 4)]
+    assert all(sorted(sum(epoch, ())) == list(range(8)) for epoch in epochs)
+    assert len(set(epochs)) == 8
+
+
+def test_of_equals_the_earliest_is_best(finetune):
+    home = finetune(reward=lambda images: torch.zeros(len(images)))
+    assert runs.best(home)["iteration"] == 0
+
+
+def test_weights_decay_apart_from_the_gradient(new_policy):
+    policy = new_policy(widths=(8,))
+    settings = Finetune(n_samples=2, minibatch_size=2, n_steps=4, weight_decay=0.5, bf16=False)
+    training = loop.prepare(policy, lambda x: x.mean((1, 2, 3)), "ddpo", settings, 0)
+    before = [p.detach().clone() for p in training.learner.unet.parameters()]
+    for p in training.learner.unet.parameters():
+        p.grad = torch.zeros_like(p)
+    training.optimizer.param_groups[0]["lr"] = 0.1
+    training.optimizer.step()
+    for p, old in zip(training.learner.unet.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), 0.95 * old)

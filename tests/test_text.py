@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from ddpo_lib import adapter, checkpoints, prompts, rewards, runs, sampler, settings
 from ddpo_lib import finetune as loop
 from ddpo_lib import policy as policies
-from ddpo_lib.experience import rescore
+from ddpo_lib.experience import Experience, corrupt, rescore
+from ddpo_lib.objectives import hrf
 from ddpo_lib.policy import predict_noise, transition
 
 N_STEPS = 20
@@ -456,3 +457,32 @@ def test_readmes_script_runs(folder, tmp_path, monkeypatch):
         code = code.replace(old, new)
     exec(code, {})
     assert (tmp_path / "cats/best" / adapter.FILE).exists()
+
+
+def test_decisions_and_corruptions_keep_their_own_prompt(policy):
+    """In whatever order: a row's sample, not its place, says which text it is of."""
+    context, seeds = policies.encode(policy, list(PROMPTS)), sampler.seeds(0, 3)
+    x_T = sampler.noise(policy, seeds)
+    trajectory = sampler.rollout(policy, x_T, N_STEPS, seeds, context=context, reduction="sum")
+    sample = torch.tensor([2, 2, 0, 1, 1])
+    with torch.no_grad():
+        again = rescore(policy, trajectory, torch.tensor([4, 9, 0, 7, 2]), sample)
+    assert again.log_ratio.abs().max() < 1e-5 * trajectory.log_probs.abs().max()
+    rows = torch.stack([torch.arange(5), sample, torch.arange(5)], dim=1)[:, None]
+    told = corrupt(policy, Experience(trajectory, None, None), rows)[3]
+    assert told.prompts == tuple(PROMPTS[i] for i in sample)
+    assert told.embeddings.equal(context.embeddings[sample])
+
+
+def test_hrf_parents_are_of_their_siblings_prompt(policy, monkeypatch):
+    seen, roll_out = [], hrf.roll_out
+
+    def note(*given, **rest):
+        seen.append(given[3].prompts)
+        return roll_out(*given, **rest)
+
+    monkeypatch.setattr(hrf, "roll_out", note)
+    context = policies.encode(policy, ["a cat"] * 4 + ["a cow"] * 4)
+    asked = policy, hrf.Settings(), options(), None, sampler.seeds(0, 8), context
+    hrf.rollout(*asked, 1, torch.Generator().manual_seed(0))
+    assert seen == [("a cat", "a cow"), context.prompts]
