@@ -71,7 +71,7 @@ def rollout(
     Args:
         x_T: (N, C, H, W) noise, see `noise`.
         n_steps: denoising steps, see `policy.steps`.
-        seeds: N seeds of the steps' noise. Those that x_T came from will do: the streams differ.
+        seeds: N seeds of the steps' noise. Those whose noise x_T is will do: the streams differ.
         eta: 0 deterministic, 1 the stochastic sampler that policy gradients need.
         reduction: of the log-probabilities, see `log_probs.log_prob`.
         batch_size: samples per call of the network; fewer where a GPU's memory holds no more.

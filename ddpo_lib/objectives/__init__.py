@@ -25,7 +25,8 @@ and, where it differs from DDPO:
 called first and refuses settings that do not go together. The weights of helpers that require a
 gradient are learned with the policy's, at `helper_rate` times its rate if `Settings` has that, and
 are in every checkpoint. `rollout` and `units` take random numbers from the generator alone. Rows
-may have more than two columns; the second is the sample. The loop steps on the mean over units.
+may have more than two columns; the second is the sample. `loss` sees the experience of its own
+process, without groups and denoised rewards. The loop steps on the mean over units.
 """
 
 import importlib.util
