@@ -57,7 +57,7 @@ def credit(experience, settings, loop, helpers) -> torch.Tensor:
 
 
 def units(experience, settings, loop, generator) -> list[torch.Tensor]:
-    """Mini-batches of samples in random order, each in turns over the whole chain, noisiest first."""
+    """Mini-batches of samples in random order, each in turns over all steps, noisiest first."""
     n, size = len(experience.rewards), loop.minibatch_size
     order = torch.randperm(n, generator=generator).view(-1, size)
     turns = experience.steps.split(settings.steps_per_update)
