@@ -862,7 +862,7 @@ def test_card_says_what_the_run_was_and_how_it_went(profile, run):
         means = [f"{values.mean():.3f} ± {values.std(ddof=1) / 2**0.5:.3f}" for values in sets]
         assert rows[f"reward, development set, 2, η = {eta}"] == [means[0], means[best]]
     # The checkpoint was chosen by these very images.
-    assert "by the development set\nat η = 0, whose mean after finetuning is therefore" in body
+    assert "by `select_by: development`" in body and "has selected is biased upwards" in body
     assert "evaluation set, 5" not in body
 
     result = results.finish(profile, run)
