@@ -542,18 +542,13 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_runs():
         ddpo.helpers(None, ddpo.Settings(estimator="sf"), many)
     assert ddpo.helpers(None, ddpo.Settings(estimator="sf"), one) is None
     single = Finetune(n_samples=4, minibatch_size=1)
-    with pytest.raises(ValueError, match="minibatch_size > 1"):
-        ddpo.helpers(None, ddpo.Settings(advantage_scope="minibatch"), single)
+    told = Finetune(n_samples=4, minibatch_size=2, prompts=("a cat", "a cow"))
+    for loop, size in ((single, 1), (told, 1), (many, 2)):
+        own = ddpo.Settings(advantage_scope="minibatch", group_size=size)
+        with pytest.raises(ValueError, match="minibatch_size > 1, group_size=1, no prompts"):
+            ddpo.helpers(None, own, loop)
+    assert ddpo.helpers(None, ddpo.Settings(advantage_scope="minibatch"), many) is None
     assert ddpo.helpers(None, ddpo.Settings(), single) is None
-
-
-# ------------------------------------------------------------------------------- modules
-
-
-def test_objectives_by_name_and_as_modules():
-    assert objectives.load("ddpo") is ddpo
-    assert objectives.load("ddpo_lib.objectives.ddpo") is ddpo
-    assert objectives.load(ddpo) is ddpo
 
 
 def test_a_helpers_gradient_is_rescaled_apart_from_the_policys():
@@ -581,3 +576,12 @@ def test_score_function_allows_no_second_epoch():
     twice = Finetune(n_samples=4, minibatch_size=4, n_inner_epochs=2)
     with pytest.raises(ValueError, match="n_inner_epochs to 1"):
         ddpo.helpers(None, ddpo.Settings(estimator="sf"), twice)
+
+
+# ------------------------------------------------------------------------------- modules
+
+
+def test_objectives_by_name_and_as_modules():
+    assert objectives.load("ddpo") is ddpo
+    assert objectives.load("ddpo_lib.objectives.ddpo") is ddpo
+    assert objectives.load(ddpo) is ddpo
